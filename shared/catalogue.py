@@ -1,0 +1,171 @@
+"""Items: numbering inside a bundle, and whether an item exists at a time.
+
+Items are numbered 1..N by (available_from, item id), so "the items that exist at t" is almost always
+a prefix of the numbering: one binary search, and exact search runs over a contiguous slice. The
+numbering is an accelerator, never the authority. `Availability.allowed` is: it knows closed
+intervals, withdrawn items, and every change made since the bundle was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from shared.events import BoolArray, IntArray, ItemId, ItemIndex, KeyArray, item_keys
+from shared.times import BEGINNING, END
+
+
+class CatalogueError(ValueError):
+    """Items that cannot make a catalogue: the same id twice, or two ids with one key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is known of one item. It exists in `[available_from, available_until)` and not while withdrawn."""
+
+    item_id: ItemId
+    title: str | None = None
+    categories: tuple[str, ...] = ()  # "field:value", for instance "genre:Comedy"
+    available_from: int = BEGINNING  # epoch microseconds, inclusive
+    available_until: int = END  # epoch microseconds, exclusive
+    withdrawn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ItemChange:
+    """A row of the live catalogue. None in a field leaves the bundle's value in force."""
+
+    item_id: ItemId
+    title: str | None
+    categories: tuple[str, ...] | None
+    available_from: int | None
+    available_until: int | None
+    withdrawn: bool
+    revision: int
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The items of one bundle in index order: position r holds item index r + 1.
+
+    item            b (1995)   c (1995)   a (2001)
+    index           1          2          3
+    prefix at 1999  [1, 2]
+    """
+
+    items: tuple[Item, ...]
+    index_by_id: dict[ItemId, ItemIndex] = field(repr=False)
+
+    @classmethod
+    def number(cls, items: Iterable[Item]) -> Catalogue:
+        """Number items by (available_from, item id). Raises CatalogueError for an id given twice."""
+        return cls.in_order(sorted(items, key=lambda i: (i.available_from, i.item_id)))
+
+    @classmethod
+    def in_order(cls, items: Sequence[Item]) -> Catalogue:
+        """A catalogue of items that are already in index order, as a bundle stores them."""
+        index_by_id = {item.item_id: r for r, item in enumerate(items, start=1)}
+        if len(index_by_id) != len(items):
+            raise CatalogueError("the same item id stands twice in the catalogue")
+        catalogue = cls(tuple(items), index_by_id)
+        if np.any(np.diff(catalogue.available_from) < 0):
+            raise CatalogueError("items are not in the order of available_from")
+        if len(np.unique(catalogue.keys)) != len(items):
+            raise CatalogueError("two item ids of this catalogue have the same 64-bit key; rename one of them")
+        return catalogue
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: ItemIndex) -> Item:
+        return self.items[index - 1]
+
+    @cached_property
+    def available_from(self) -> IntArray:
+        """(N,) epoch microseconds, non-decreasing."""
+        return np.fromiter((i.available_from for i in self.items), np.int64, len(self.items))
+
+    @cached_property
+    def keys(self) -> KeyArray:
+        """(N,) `item_key` of each item."""
+        return item_keys([i.item_id for i in self.items])
+
+    @cached_property
+    def _sorted_keys(self) -> tuple[KeyArray, IntArray]:
+        order = np.argsort(self.keys)
+        return self.keys[order], order.astype(np.int64) + 1
+
+    def indices_of(self, item_ids: Iterable[ItemId]) -> IntArray:
+        """Item indices of the ids this bundle knows, in the order given; others are left out."""
+        found = (self.index_by_id.get(i, 0) for i in item_ids)
+        return np.array([i for i in found if i], np.int64)
+
+    def indices_of_keys(self, keys: KeyArray) -> IntArray:
+        """Item index of each key, (E,); 0 where this bundle does not know the item."""
+        known, indices = self._sorted_keys
+        if not len(known):
+            return np.zeros(len(keys), np.int64)
+        at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        return np.where(known[at] == keys, indices[at], 0)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Which items exist at a time: the bundle's intervals with the live changes on top. Immutable.
+
+    Arrays are indexed by item index, 0..N; row 0 (PAD) never exists.
+    """
+
+    numbering: IntArray  # (N,) available_from that the numbering was made with
+    available_from: IntArray  # (N + 1,)
+    available_until: IntArray  # (N + 1,)
+    withdrawn: BoolArray  # (N + 1,)
+    irregular: IntArray  # items for which "inside the prefix" is not the whole answer
+
+    @classmethod
+    def of(cls, catalogue: Catalogue) -> Availability:
+        """As the bundle has it, without live changes."""
+        n = len(catalogue)
+        until, withdrawn = np.full(n + 1, BEGINNING, np.int64), np.zeros(n + 1, bool)
+        until[1:] = [i.available_until for i in catalogue.items]
+        withdrawn[1:] = [i.withdrawn for i in catalogue.items]
+        starts = np.concatenate(([END], catalogue.available_from))
+        return cls._with(catalogue.available_from, starts, until, withdrawn)
+
+    @classmethod
+    def _with(cls, numbering: IntArray, starts: IntArray, until: IntArray, withdrawn: BoolArray) -> Availability:
+        regular = (starts[1:] == numbering) & (until[1:] == END) & ~withdrawn[1:]
+        return cls(numbering, starts, until, withdrawn, np.flatnonzero(~regular) + 1)
+
+    def changed(self, catalogue: Catalogue, changes: Iterable[ItemChange]) -> Availability:
+        """A new object with `changes` applied on the bundle's own values; ids it does not know are passed over."""
+        starts, until, withdrawn = self.available_from.copy(), self.available_until.copy(), self.withdrawn.copy()
+        for change in changes:
+            index = catalogue.index_by_id.get(change.item_id)
+            if index is None:
+                continue
+            item = catalogue[index]
+            starts[index] = item.available_from if change.available_from is None else change.available_from
+            until[index] = item.available_until if change.available_until is None else change.available_until
+            withdrawn[index] = change.withdrawn
+        return self._with(self.numbering, starts, until, withdrawn)
+
+    def prefix(self, as_of: int) -> int:
+        """n(t): items 1..n were numbered as existing at `as_of`."""
+        return int(np.searchsorted(self.numbering, as_of, side="right"))
+
+    def allowed(self, indices: IntArray, as_of: int) -> BoolArray:
+        """The rule itself: whether each item exists at `as_of`, (E,)."""
+        starts, until = self.available_from[indices], self.available_until[indices]
+        return (starts <= as_of) & (as_of < until) & ~self.withdrawn[indices]
+
+    def exceptions(self, as_of: int) -> tuple[IntArray, IntArray]:
+        """Where the prefix at `as_of` errs: items inside it that do not exist, items beyond it that do."""
+        irregular = self.irregular
+        if not len(irregular):
+            return irregular, irregular
+        exists, inside = self.allowed(irregular, as_of), irregular <= self.prefix(as_of)
+        return irregular[inside & ~exists], irregular[~inside & exists]

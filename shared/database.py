@@ -1,0 +1,149 @@
+"""The SQL tables that service and trainer both use: the event log and the live catalogue.
+
+Times are epoch microseconds in BIGINT: SQLAlchemy's timezone-aware DateTime loses the offset on SQLite.
+The schema changes by Alembic revisions alone (`shared/migrations`), applied by `python -m service migrate`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    event,
+    make_url,
+)  # fmt: skip
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite numbers rows by itself only for a column declared INTEGER PRIMARY KEY.
+Sequence64 = BigInteger().with_variant(Integer, "sqlite")
+
+events = Table(
+    "events",
+    metadata,
+    Column("seq", Sequence64, primary_key=True, autoincrement=True, comment="arrival: the log's own order"),
+    Column("event_id", String(256), nullable=False),
+    Column("user_id", String(256), nullable=False),
+    Column("item_id", String(256), nullable=False),
+    Column("event_type", String(64), nullable=False),
+    Column("value", Float(53)),
+    Column("timestamp", BigInteger, nullable=False, comment="epoch microseconds"),
+    Column("recommendation_id", String(256)),
+    Column("session_id", String(256)),
+    Column("digest", String(32), nullable=False, comment="hash of the fields as sent: tells a retry from a conflict"),
+    UniqueConstraint("user_id", "event_id"),
+    Index(None, "user_id", "timestamp", "seq"),
+    sqlite_autoincrement=True,  # a number is never used twice, even after the newest row was erased
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("item_id", String(256), primary_key=True),
+    Column("title", Text),
+    Column("categories", JSON, comment='list of "field:value"; null leaves what the bundle says'),
+    Column("available_from", BigInteger, comment="epoch microseconds; null leaves what the bundle says"),
+    Column("available_until", BigInteger),
+    Column("withdrawn", Boolean, nullable=False),
+    Column("revision", BigInteger, nullable=False, comment="of the whole catalogue, at this item's last change"),
+    Index(None, "revision"),
+)
+
+catalogue_revision = Table(
+    "catalogue_revision",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("revision", BigInteger, nullable=False, comment="one row; changing it orders all catalogue changes"),
+)
+
+cache_outbox = Table(
+    "cache_outbox",
+    metadata,
+    Column("seq", Sequence64, primary_key=True, autoincrement=False),
+    Column("user_id", String(256), nullable=False),
+    Column("written", BigInteger, nullable=False, comment="epoch microseconds"),
+    comment="events that may not have reached the history cache yet; a row goes when its event has",
+)
+
+
+class SchemaError(Exception):
+    """A database whose schema does not fit this release."""
+
+
+def normalise(url: str) -> URL:
+    """A SQLAlchemy URL with the async driver Upnext uses: `sqlite:///x.db`, `postgresql://host/db`."""
+    parsed = make_url(url)
+    drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
+    family = parsed.drivername.split("+")[0]
+    if family not in drivers:
+        raise SchemaError(f"database family {family!r} is not supported; use sqlite:///file or postgresql://host/name")
+    return parsed.set(drivername=drivers[family])
+
+
+def create_engine(url: str, **options: Any) -> AsyncEngine:
+    """An async engine for `url`; SQLite is set up so that a commit survives power loss and workers wait their turn."""
+    parsed = normalise(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_async_engine(parsed, pool_pre_ping=True, **options)
+    if parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_async_engine(parsed, **options)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def set_pragmas(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    return engine
+
+
+def _alembic(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
+
+
+async def migrate(engine: AsyncEngine, revision: str = "head") -> None:
+    """Bring the schema to `revision`. Safe to call when it is there already."""
+    async with engine.begin() as connection:
+        await connection.run_sync(lambda c: command.upgrade(_alembic(c), revision))
+
+
+async def check_schema(engine: AsyncEngine) -> None:
+    """Raise SchemaError, with the command that helps, unless the database has this release's schema."""
+    async with engine.connect() as connection:
+        found = await connection.run_sync(lambda c: MigrationContext.configure(c).get_current_revision())
+    wanted = ScriptDirectory.from_config(_alembic()).get_current_head()
+    if found != wanted:
+        raise SchemaError(
+            f"the database is at schema {found or 'none'}, this release needs {wanted}; run: python -m service migrate"
+        )

@@ -1,0 +1,55 @@
+"""Popularity from daily counts: one function serves the fallback, the baselines and, later, features."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from shared.events import IntArray
+from shared.times import DAY
+
+RECENT_DAYS = 30
+
+
+class Popularity:
+    """How often each item occurred, by day.
+
+    Rows are sorted by day; `day` counts days since 1970, UTC. Counts come from training events alone.
+    """
+
+    def __init__(self, day: IntArray, item: IntArray, count: IntArray, item_count: int) -> None:
+        self.day, self.item, self.count, self.item_count = day, item, count, item_count
+        self.ranked = lru_cache(maxsize=64)(self._ranked)
+
+    @classmethod
+    def of_events(cls, item: IntArray, timestamp: IntArray, item_count: int) -> Popularity:
+        """Count events; `item` holds item indices (E,), `timestamp` epoch microseconds (E,)."""
+        pairs = np.stack([timestamp // DAY, item])  # (2, E)
+        (day, items), count = np.unique(pairs, axis=1, return_counts=True)
+        return cls(day, items, count.astype(np.int64), item_count)
+
+    def popular(self, as_of: int, window: int | None = None) -> IntArray:
+        """Events per item in the `window` days before the day of `as_of` (all days before it without window).
+
+        Returns (N + 1,), indexed by item index. Only whole days that ended before `as_of` count, so
+        nothing from the future of `as_of` does.
+        """
+        end = as_of // DAY
+        start = None if window is None else end - window
+        lo = 0 if start is None else int(np.searchsorted(self.day, start, side="left"))
+        hi = int(np.searchsorted(self.day, end, side="left"))
+        return np.bincount(self.item[lo:hi], self.count[lo:hi], self.item_count + 1).astype(np.int64)
+
+    def fallback(self, as_of: int) -> IntArray:
+        """All item indices, most popular first, for a user about whom nothing is known at `as_of`.
+
+        Counts of the last 30 days decide, then all-time counts, then the index. After the end of the
+        data the last 30 days of data count: a bundle does not forget what is popular by getting older.
+        """
+        last = int(self.day[-1]) + 1 if len(self.day) else 0
+        return self.ranked(min(as_of // DAY, last))
+
+    def _ranked(self, day: int) -> IntArray:
+        recent, ever = self.popular(day * DAY, RECENT_DAYS)[1:], self.popular(day * DAY)[1:]
+        return np.lexsort((-ever, -recent)) + 1  # (N,) stable: ties by index

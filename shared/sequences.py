@@ -1,0 +1,58 @@
+"""Packing: from histories of any length to the rectangle an encoder reads. One function for both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from shared.events import IntArray
+
+PAD: Final = 0  # item index 0 is never an item
+BUCKETS: Final = (16, 32, 64, 128, 200)
+"""Lengths T that rectangles come in: few shapes keep an ONNX session's memory plans and timings few."""
+
+
+def mask_index(item_count: int) -> int:
+    """MASK = N + 1: the token that BERT4Rec reads as "what stands here?"."""
+    return item_count + 1
+
+
+def bucket_of(length: int, max_length: int, buckets: Sequence[int] = BUCKETS) -> int:
+    """The smallest bucket that holds `length`, at most `max_length`."""
+    return next((b for b in buckets if length <= b < max_length), max_length)
+
+
+def pack(
+    histories: Sequence[Sequence[int] | IntArray],
+    max_length: int,
+    *,
+    mask: int | None = None,
+    width: int | None = None,
+) -> tuple[IntArray, IntArray]:
+    """Keep the newest items of each history, right-padded with PAD; items (B, T) and lengths (B,).
+
+        pack([[7, 8, 9], [4]], 2)          -> [[8, 9], [4, 0]], [2, 1]
+        pack([[7, 8, 9], [4]], 3, mask=99) -> [[8, 9, 99], [4, 99, 0]], [3, 2]
+
+    With `mask`, the newest `max_length - 1` items are kept and `mask` is put behind them; it counts
+    as length. T is `width` where given (at least the longest row), else the longest row's length.
+    Positions run forward from 0, and the query of a row stands at `lengths - 1`. Items must already be
+    known ones: a row without any item and without mask would have no query, so it is a ValueError.
+    """
+    room = max_length if mask is None else max_length - 1
+    if room < 1:
+        raise ValueError(f"max_length {max_length} leaves no room for an item")
+    kept = [np.asarray(h, np.int64)[-room:] for h in histories]
+    extra = 0 if mask is None else 1
+    lengths = np.fromiter((len(h) + extra for h in kept), np.int64, len(kept))  # (B,)
+    if kept and lengths.min() < 1:
+        raise ValueError("a history without a known item cannot be packed")
+    T = int(lengths.max(initial=1)) if width is None else width
+    items = np.full((len(kept), T), PAD, np.int64)  # (B, T)
+    for row, history in zip(items, kept, strict=True):
+        row[: len(history)] = history
+    if mask is not None:
+        items[np.arange(len(kept)), lengths - 1] = mask
+    return items, lengths
