@@ -136,6 +136,13 @@ class Availability:
         return cls._with(catalogue.available_from, starts, until, withdrawn)
 
     @classmethod
+    def open(cls, item_count: int) -> Availability:
+        """Every item exists at all times: for figures that are compared with papers, which know no such rule."""
+        starts, until = np.full(item_count + 1, BEGINNING, np.int64), np.full(item_count + 1, END, np.int64)
+        starts[0] = END
+        return cls._with(starts[1:], starts, until, np.zeros(item_count + 1, bool))
+
+    @classmethod
     def _with(cls, numbering: IntArray, starts: IntArray, until: IntArray, withdrawn: BoolArray) -> Availability:
         regular = (starts[1:] == numbering) & (until[1:] == END) & ~withdrawn[1:]
         return cls(numbering, starts, until, withdrawn, np.flatnonzero(~regular) + 1)

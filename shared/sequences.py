@@ -41,18 +41,36 @@ def pack(
     Positions run forward from 0, and the query of a row stands at `lengths - 1`. Items must already be
     known ones: a row without any item and without mask would have no query, so it is a ValueError.
     """
+    arrays = [np.asarray(h, np.int64) for h in histories]
+    stops = np.cumsum([len(a) for a in arrays], dtype=np.int64)  # (B,)
+    starts = stops - np.fromiter((len(a) for a in arrays), np.int64, len(arrays))
+    flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+    return pack_slices(flat, starts, stops, max_length, mask=mask, width=width)
+
+
+def pack_slices(
+    flat: IntArray,
+    starts: IntArray,
+    stops: IntArray,
+    max_length: int,
+    *,
+    mask: int | None = None,
+    width: int | None = None,
+) -> tuple[IntArray, IntArray]:
+    """`pack` for histories that lie in one array: history b is `flat[starts[b]:stops[b]]`. No loop over rows."""
     room = max_length if mask is None else max_length - 1
     if room < 1:
         raise ValueError(f"max_length {max_length} leaves no room for an item")
-    kept = [np.asarray(h, np.int64)[-room:] for h in histories]
-    extra = 0 if mask is None else 1
-    lengths = np.fromiter((len(h) + extra for h in kept), np.int64, len(kept))  # (B,)
-    if kept and lengths.min() < 1:
+    kept = np.minimum(stops - starts, room)  # (B,)
+    lengths = kept + (mask is not None)
+    if len(lengths) and lengths.min() < 1:
         raise ValueError("a history without a known item cannot be packed")
     T = int(lengths.max(initial=1)) if width is None else width
-    items = np.full((len(kept), T), PAD, np.int64)  # (B, T)
-    for row, history in zip(items, kept, strict=True):
-        row[: len(history)] = history
+    column = np.arange(T)  # (T,)
+    at = (stops - kept)[:, None] + column  # (B, T) position in flat
+    items = np.full(at.shape, PAD, np.int64)
+    real = column < kept[:, None]  # (B, T)
+    items[real] = flat[at[real]]
     if mask is not None:
-        items[np.arange(len(kept)), lengths - 1] = mask
+        items[np.arange(len(lengths)), kept] = mask
     return items, lengths

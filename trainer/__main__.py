@@ -1,0 +1,255 @@
+"""The command line: `python -m trainer --help`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+# Before torch and numpy start their pools: two libraries with a pool each fight for the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
+
+import typer
+from rich.console import Console
+
+from shared.bundle import Bundle, BundleError, current_version
+from shared.catalogue import CatalogueError
+from shared.database import SchemaError
+from trainer import pipeline
+from trainer.config import ConfigError, RunConfig, load_config, preset_names
+from trainer.dataset import Dataset, DatasetError, leave_one_out, load_dataset
+from trainer.export import ExportError, export
+from trainer.pipeline import Fit, Run
+from trainer.predict import predict as predict_lists
+from trainer.predict import write_table
+from trainer.publish import PublishRefusedError, write_index
+from trainer.seed import seed_log
+from trainer.sources import SOURCES, RawData, SourceError, describe
+from trainer.train import TrainingError
+
+KNOWN_ERRORS = (
+    BundleError, CatalogueError, ConfigError, DatasetError, ExportError, PublishRefusedError, SchemaError, SourceError,
+    TrainingError,
+)  # fmt: skip
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Train sequence models on an event log and publish them as a bundle that the service loads.
+
+    Most people need one command:
+
+        python -m trainer run sasrec-quick bert4rec-quick
+
+    It trains on the split, measures through the exported bundle, trains again on everything and publishes to
+    `bundles/`. The other commands are its steps, for when you want to look between them. Settings follow the
+    preset as `key=value`: model.hidden_units=128 training.lr=0.001 data.source.kind=sql data.source.url=...""",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data, or load it into the service's log.")
+app.add_typer(data_app, name="data")
+console = Console(highlight=False, soft_wrap=True)
+
+Presets = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PRESET... [KEY=VALUE]...",
+        help=f"Presets ({', '.join(preset_names())}) or YAML files, then settings that apply to all of them.",
+    ),
+]
+Models = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of trained models, folders in --runs.")]
+Runs = Annotated[Path, typer.Option(help="Folder of training runs.")]
+Bundles = Annotated[Path, typer.Option(help="Folder of published bundles; CURRENT in it names the live one.")]
+Force = Annotated[bool, typer.Option("--force", help="Publish even if popularity or the live bundle is better.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training.")]
+Which = Annotated[Fit, typer.Option("--fit", help="split: held-out events stay unseen. all: every event.")]
+
+
+def say(text: str) -> None:
+    """Print for a person."""
+    console.print(text, markup=False)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Print an error that has a remedy, without a traceback, and stop with status 1."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}")
+    raise typer.Exit(1)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def configs_of(words: list[str]) -> list[RunConfig]:
+    """Split `sasrec-quick training.lr=0.01` in presets and settings, and load them."""
+    presets, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    if not presets:
+        raise ConfigError(f"name a preset: {', '.join(preset_names())}, or a YAML file")
+    configs = [load_config(preset, overrides) for preset in presets]
+    pipeline.one_data(configs)
+    return configs
+
+
+def dataset_of(config: RunConfig) -> Dataset:
+    """Read the data of a config, saying what was found."""
+    dataset, raw = load_dataset(config.data)
+    show(raw)
+    for note in dataset.notes:
+        say(f"note: {note}")
+    return dataset
+
+
+def show(raw: RawData) -> None:
+    """Terms of use first, then the figures."""
+    if raw.report.terms:
+        say(f"Terms of use: {raw.report.terms}")
+    say(describe(raw))
+
+
+@app.command()
+def run(
+    presets: Presets,
+    runs: Runs = Path("runs"),
+    bundles: Bundles = Path("bundles"),
+    *,
+    force: Force = False,
+    resume: Resume = False,
+) -> None:
+    """Train, evaluate, refit on everything and publish: from data to a live bundle."""
+    configs = configs_of(presets)
+    target = pipeline.run(configs, dataset_of(configs[0]), runs, bundles, say, force=force, resume=resume)
+    say(f"published {target} and made it current")
+
+
+@app.command()
+def train(
+    presets: Presets,
+    runs: Runs = Path("runs"),
+    fit: Which = "split",
+    epochs: Annotated[int | None, typer.Option(help="Train exactly so many epochs (with --fit all).")] = None,
+    *,
+    resume: Resume = False,
+) -> None:
+    """Train only; checkpoints and TensorBoard files go to `runs/<name>/<fit>`."""
+    configs = configs_of(presets)
+    dataset = dataset_of(configs[0])
+    for config in configs:
+        fitted = pipeline.train(config, dataset, fit, runs, epochs=epochs, resume=resume)
+        best = "" if fitted.best is None else f", validation NDCG@10 {fitted.best:.4f}"
+        say(f"{config.name}: {fitted.epochs} epochs{best}; {fitted.checkpoint}")
+
+
+@app.command()
+def evaluate(names: Models, runs: Runs = Path("runs")) -> None:
+    """Test metrics of split fits: through a bundle (ONNX and retrieval), by torch, and popularity beside them."""
+    fitted = {name: pipeline.restore(runs, name, "split") for name in names}
+    dataset = dataset_of(next(iter(fitted.values()))[0])
+    split = leave_one_out(dataset)
+    say(pipeline.metrics_table(pipeline.evaluate(fitted, dataset, split, runs), pipeline.baseline(dataset, split)))
+
+
+@app.command("export")
+def export_command(names: Models, runs: Runs = Path("runs"), fit: Which = "all") -> None:
+    """torch to ONNX, refused when both do not answer the same."""
+    for name in names:
+        config, model = pipeline.restore(runs, name, fit)
+        exported = export(model.encoder, config)
+        Run.of(runs, name, fit).save_export(exported)
+        say(f"{name}: {Run.of(runs, name, fit).folder / 'export'}; {exported.parity}")
+
+
+@app.command()
+def index(names: Models, runs: Runs = Path("runs"), fit: Which = "all") -> None:
+    """Build the HNSW index of an export beside its vectors, and say how well it finds them."""
+    for name in names:
+        folder = Run.of(runs, name, fit)
+        recall = write_index(folder.exported(), folder.config().index, folder.folder / "export" / "index.hnsw")
+        say(f"{name}: {folder.folder / 'export' / 'index.hnsw'}; recall@10 {recall:.4f} on its own vectors")
+
+
+@app.command()
+def publish(
+    names: Models,
+    runs: Runs = Path("runs"),
+    bundles: Bundles = Path("bundles"),
+    fit: Which = "all",
+    *,
+    force: Force = False,
+) -> None:
+    """Make a bundle of exports and point CURRENT at it."""
+    configs = [Run.of(runs, name, fit).config() for name in names]
+    pipeline.one_data(configs)
+    target = pipeline.publish_runs(runs, names, dataset_of(configs[0]), bundles, fit, force=force)
+    say(f"published {target} and made it current")
+
+
+@app.command()
+def predict(
+    presets: Presets,
+    out: Annotated[Path, typer.Option(help="File to write, .csv or .parquet.")],
+    bundles: Bundles = Path("bundles"),
+    model: Annotated[str | None, typer.Option(help="Model in the bundle; its default one otherwise.")] = None,
+    k: Annotated[int, typer.Option("--k", min=1, max=1000, help="Items a user.")] = 10,
+) -> None:
+    """Top-K lists for all users of a preset's data, with the availability rule at each user's last event."""
+    version = current_version(bundles)
+    if version is None:
+        raise BundleError(f"nothing is published in {bundles}; run: python -m trainer run <preset>")
+    bundle = Bundle.load(bundles / version)
+    name = model or bundle.manifest.default_model
+    if name not in bundle.models:
+        raise BundleError(f"no model {name!r} in {version}; it has {', '.join(bundle.models)}")
+    table, excluded = predict_lists(bundle, dataset_of(configs_of(presets)[0]), name, k)
+    write_table(table, out)
+    say(f"{out}: {table.height:,} rows for {excluded.users:,} users by {name} of {version}")
+    say(
+        f"availability rule at each user's last event: {excluded.unavailable:,} (user, item) pairs excluded, "
+        f"{excluded.users_touched:,} users touched, {excluded.future_in_lists:,} items kept out of the top {k}; "
+        f"{excluded.without_history:,} users answered by popularity"
+    )
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """The kinds of source that `data.source.kind` can name, and the presets."""
+    say("sources: " + ", ".join(SOURCES))
+    say("presets: " + ", ".join(preset_names()))
+
+
+@data_app.command("describe")
+def data_describe(presets: Presets) -> None:
+    """Read a preset's data and say what is in it, bad rows included."""
+    dataset_of(configs_of(presets)[0])
+
+
+@data_app.command("load")
+def data_load(
+    presets: Presets,
+    database: Annotated[
+        str, typer.Option("--database-url", envvar="UPNEXT_DATABASE_URL", help="SQLAlchemy URL of the log.")
+    ] = "sqlite:///var/upnext.db",
+) -> None:
+    """Load a preset's events and items into the service's log and catalogue; a second load stores nothing twice."""
+    config = configs_of(presets)[0]
+    _, raw = load_dataset(config.data)
+    show(raw)
+    loaded = asyncio.run(seed_log(raw, database, say))
+    say(f"{loaded:,} events are new in the log, {raw.events.height - loaded:,} were there already")
+
+
+def main() -> None:
+    """Entry of `python -m trainer`."""
+    try:
+        app(standalone_mode=True)
+    except KNOWN_ERRORS as error:
+        try:
+            fail(error)
+        except typer.Exit as stop:
+            raise SystemExit(stop.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

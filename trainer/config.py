@@ -1,0 +1,166 @@
+"""Settings of a run: YAML presets, `key=value` overrides, validated by frozen models.
+
+    python -m trainer run sasrec-quick model.hidden_units=128 training.lr=0.0005
+
+A preset is one short YAML file that names what differs from the defaults below; the merged
+settings are saved beside the weights and in the manifest.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.bundle import MODEL_PATTERN
+from shared.events import HistoryPolicy
+from trainer.sources import SOURCES, SourceConfig
+
+PRESETS = Path(__file__).parent / "configs"
+AvailabilityPolicy = Literal["first_event", "always"]
+
+
+class ConfigError(Exception):
+    """Settings that cannot be used; the message says which and what to write instead."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Section):
+    """What to train on."""
+
+    source: SourceConfig
+    history: HistoryPolicy = HistoryPolicy()
+    availability: AvailabilityPolicy = Field(
+        "first_event", description="Items without a declared date exist from their first event, or always."
+    )
+
+
+class ModelConfig(_Section):
+    """The network."""
+
+    kind: Literal["sasrec", "bert4rec"]
+    hidden_units: int = Field(64, ge=4, description="D: width of item vectors and of everything between.")
+    blocks: int = Field(2, ge=1)
+    heads: int = Field(1, ge=1, description="Must divide hidden_units.")
+    feedforward: int = Field(1, ge=1, description="Width of the feed-forward layer, in multiples of hidden_units.")
+    dropout: float = Field(0.2, ge=0, lt=1)
+    max_length: int = Field(200, ge=2, le=200, description="T: newest events that the model reads.")
+
+
+class TrainingConfig(_Section):
+    """The loop."""
+
+    epochs: int = Field(100, ge=1, description="At most; early stopping may end before.")
+    patience: int = Field(10, ge=1, description="Epochs without a better validation NDCG@10 before stopping.")
+    batch_size: int = Field(128, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    mask_probability: float = Field(0.2, gt=0, lt=1, description="BERT4Rec: share of positions to guess.")
+    last_item_probability: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="BERT4Rec: share of sequences where only the last item is to guess.",
+    )
+    seed: int = 0
+    accelerator: str = Field("auto", description="cpu, gpu or auto.")
+    threads: int = Field(2, ge=1, description="CPU threads of torch.")
+    validate_every: int = Field(1, ge=1, description="Epochs between validations.")
+
+
+class IndexConfig(_Section):
+    """The HNSW index."""
+
+    m: int = Field(16, ge=2)
+    ef_construction: int = Field(200, ge=8)
+    ef: int = Field(200, ge=10)
+
+
+class PublishConfig(_Section):
+    """What goes live."""
+
+    refit: bool = Field(True, description="Train again on all events, for the epochs chosen, and publish that.")
+    max_loss: float = Field(
+        0.05, ge=0, le=1, description="Refuse a model whose NDCG@10 is below the live one's by a larger share."
+    )
+
+
+class RunConfig(_Section):
+    """One model of a run."""
+
+    name: str = Field(pattern=MODEL_PATTERN, description="The model's name in the bundle and in `?model=`.")
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig = TrainingConfig()
+    index: IndexConfig = IndexConfig()
+    publish: PublishConfig = PublishConfig()
+
+    def model_post_init(self, _context: Any) -> None:
+        """Checks across fields."""
+        if self.model.hidden_units % self.model.heads:
+            raise ValueError(f"model.heads {self.model.heads} does not divide hidden_units {self.model.hidden_units}")
+
+
+def preset_names() -> list[str]:
+    """The presets that come with Upnext."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge a preset (a name, or the path of a YAML file) with `key=value` overrides. Raises ConfigError."""
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(preset, preset_names(), 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"no preset {preset!r}: {hint}There are {', '.join(preset_names())}, or name a YAML file.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path.name} with {' '.join(overrides)}: {error}") from error
+    except Exception as error:  # the YAML reader's own errors carry line and column
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    return validate(RunConfig, values, str(path))
+
+
+def validate(kind: type[RunConfig], values: Any, where: str) -> RunConfig:
+    """A validated config. Raises ConfigError that names each wrong key and the nearest right one."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_explain(e, kind)}" for e in error.errors()]
+        raise ConfigError("\n".join([f"{where}: settings that cannot be used:", *lines])) from None
+
+
+def _explain(error: Any, kind: type[BaseModel]) -> str:
+    # pydantic puts the tag of a union into the path; a user never wrote it there.
+    path = [str(part) for part in error["loc"] if part not in SOURCES]
+    if error["type"] != "extra_forbidden":
+        return f"{'.'.join(path)}: {error['msg']}"
+    known = _fields_at(kind, path[:-1])
+    near = difflib.get_close_matches(path[-1], known, 1, cutoff=0.4)
+    hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"there are {', '.join(known)}"
+    return f"{'.'.join(path)}: unknown key; {hint}"
+
+
+def _fields_at(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Names of the fields of the section at `path`; unions (the source) are searched in all their forms."""
+    found: list[type[BaseModel]] = [kind]
+    for part in path:
+        nested = [m for k in found if part in k.model_fields for m in _models_in(k.model_fields[part].annotation)]
+        found = nested or found
+    return sorted({name for k in found for name in k.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]

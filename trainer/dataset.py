@@ -1,0 +1,292 @@
+"""From raw tables to numbered histories, held-out splits and batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from shared.bundle import AvailabilityInfo, DataInfo
+from shared.catalogue import Catalogue, Item
+from shared.events import BoolArray, Events, HistoryPolicy, IntArray, history_of
+from shared.popularity import Popularity
+from shared.times import BEGINNING, END, render
+from trainer.config import AvailabilityPolicy, DataConfig
+from trainer.sources import RawData, load_source
+
+
+class DatasetError(Exception):
+    """Data that no model can be trained on."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Every event the policy names, sorted by (user, timestamp, arrival), items as indices.
+
+    User u owns rows `offsets[u]:offsets[u + 1]`. A row may feed the sequence, mark its item as seen, or both.
+    """
+
+    source: str
+    catalogue: Catalogue
+    policy: HistoryPolicy
+    users: tuple[str, ...]  # (U,) ids
+    offsets: IntArray  # (U + 1,)
+    item: IntArray  # (E,) item indices
+    timestamp: IntArray  # (E,) epoch microseconds; the place in the file where the data has no times
+    feeds: BoolArray  # (E,)
+    seen: BoolArray  # (E,)
+    has_times: bool
+    availability: AvailabilityInfo
+    notes: tuple[str, ...]
+
+    @property
+    def user(self) -> IntArray:
+        """(E,) position in `users` of each row."""
+        return np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
+
+    def info(self) -> DataInfo:
+        """What the manifest says of this data."""
+        digest = hashlib.sha256()
+        for part in (self.offsets, self.item, self.timestamp, self.feeds, self.seen):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        digest.update("\n".join(i.item_id for i in self.catalogue.items).encode())
+        timed = self.has_times and len(self.timestamp) > 0
+        return DataInfo(
+            source=self.source,
+            fingerprint=digest.hexdigest()[:16],
+            events=len(self.item),
+            users=len(self.users),
+            items=len(self.catalogue),
+            first_event=render(int(self.timestamp.min())) if timed else None,
+            last_event=render(int(self.timestamp.max())) if timed else None,
+            has_times=self.has_times,
+        )
+
+
+def load_dataset(config: DataConfig) -> tuple[Dataset, RawData]:
+    """Read a source and number it. Raises SourceError for unreadable data, DatasetError for unusable data."""
+    raw = load_source(config.source)
+    return build_dataset(raw, config), raw
+
+
+def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
+    """Number items and users, sort histories by the policy."""
+    events = raw.events
+    if events.is_empty():
+        raise DatasetError("no event is left: check the source and data.source.min_interactions")
+    if not raw.has_times:
+        events = events.with_columns(timestamp=pl.int_range(pl.len(), dtype=pl.Int64))
+    catalogue, availability = _catalogue(events, raw.items, config.availability if raw.has_times else "always")
+    users = events["user_id"].unique().sort()
+    kinds = events["event_type"].unique().sort()
+    columns = Events(
+        user=_codes(events["user_id"], users),
+        item=_codes(events["item_id"], pl.Series([i.item_id for i in catalogue.items])) + 1,
+        kind=_codes(events["event_type"], kinds),
+        kinds=tuple(kinds),
+        value=events["value"].fill_null(float("nan")).to_numpy(),
+        timestamp=events["timestamp"].to_numpy(),
+    )
+    histories = history_of(columns, config.history)
+    kept = histories.feeds | histories.seen
+    if not histories.feeds.any():
+        raise DatasetError(
+            f"no event feeds a sequence: the data has the types {', '.join(kinds)}, "
+            f"the policy names {', '.join(config.history.sequence_types)}; set data.history.sequence_types"
+        )
+    unnamed = [k for k in kinds if not config.history.names(k)]
+    notes = (f"event types outside the policy, left out: {', '.join(unnamed)}",) if unnamed else ()
+    counts = np.bincount(histories.user[kept], minlength=len(users))
+    return Dataset(
+        source=raw.name,
+        catalogue=catalogue,
+        policy=config.history,
+        users=tuple(users),
+        offsets=np.concatenate(([0], np.cumsum(counts))),
+        item=np.asarray(histories.item[kept], np.int64),
+        timestamp=histories.timestamp[kept],
+        feeds=histories.feeds[kept],
+        seen=histories.seen[kept],
+        has_times=raw.has_times,
+        availability=availability,
+        notes=notes,
+    )
+
+
+def _codes(column: pl.Series, values: pl.Series) -> IntArray:
+    """Position of each element in `values`, (E,) int64."""
+    table = pl.DataFrame({"value": values, "code": np.arange(len(values), dtype=np.int64)})
+    joined = pl.DataFrame({"value": column}).join(table, on="value", how="left", maintain_order="left")
+    return joined["code"].to_numpy()
+
+
+def _catalogue(
+    events: pl.DataFrame, items: pl.DataFrame, policy: AvailabilityPolicy
+) -> tuple[Catalogue, AvailabilityInfo]:
+    """All items of the table and of the events, with the earlier of declared date and first event.
+
+    A release year is coarse and often wrong; an event proves that the item was there.
+    """
+    first = events.group_by("item_id").agg(first=pl.col("timestamp").min())
+    rows = items.join(first, on="item_id", how="full", coalesce=True)
+    dated = events.join(items.select("item_id", "available_from"), on="item_id", how="left")
+    early = dated.filter(pl.col("timestamp") < pl.col("available_from")).height if policy == "first_event" else 0
+    tally = {"declared": 0, "from_first_event": 0, "always": 0, "contradicted": 0}
+    numbered = []
+    for row in rows.iter_rows(named=True):
+        declared, seen_first = row["available_from"], row["first"] if policy == "first_event" else None
+        known = [t for t in (declared, seen_first) if t is not None]
+        tally["declared"] += declared is not None
+        tally["from_first_event"] += declared is None and seen_first is not None
+        tally["always"] += not known
+        tally["contradicted"] += declared is not None and seen_first is not None and seen_first < declared
+        numbered.append(
+            Item(
+                item_id=row["item_id"],
+                title=row["title"],
+                categories=tuple(row["categories"] or ()),
+                available_from=min(known, default=BEGINNING),
+                available_until=END if row["available_until"] is None else row["available_until"],
+                withdrawn=bool(row["withdrawn"]),
+            )
+        )
+    info = AvailabilityInfo(policy=policy, events_before_declared=early, **tally)
+    return Catalogue.number(numbered), info
+
+
+# --- splits -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Held-out events to be guessed. The history of case c is the rows of its user before `row[c]`.
+
+    Cut by position, not by time: where events share a second, a cut by time would put the answer into the history.
+    """
+
+    dataset: Dataset
+    user: IntArray  # (C,)
+    row: IntArray  # (C,) the target's row
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def target(self) -> IntArray:
+        """(C,) item indices to be guessed."""
+        return self.dataset.item[self.row]
+
+    @property
+    def timestamp(self) -> IntArray:
+        """(C,) when the target happened."""
+        return self.dataset.timestamp[self.row]
+
+    def histories(self) -> list[IntArray]:
+        """Item indices that feed the sequence before each target, oldest first."""
+        return self._before(self.dataset.feeds)
+
+    def seen(self) -> list[IntArray]:
+        """Item indices seen before each target."""
+        return self._before(self.dataset.seen)
+
+    def _before(self, which: BoolArray) -> list[IntArray]:
+        starts = self.dataset.offsets[self.user]
+        rows = zip(starts, self.row, strict=True)
+        return [self.dataset.item[a:b][which[a:b]] for a, b in rows]
+
+    def sample(self, count: int, seed: int) -> Cases:
+        """At most `count` of the cases, in order."""
+        if count >= len(self):
+            return self
+        pick = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        return Cases(self.dataset, self.user[pick], self.row[pick])
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is trained on, and what is held out."""
+
+    sequences: Sequences
+    popularity: Popularity
+    validation: Cases
+    test: Cases
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Training sequences in one array: sequence s is `item[starts[s]:stops[s]]`, oldest first."""
+
+    item: IntArray  # (E,)
+    starts: IntArray  # (S,)
+    stops: IntArray  # (S,)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> IntArray:
+        """(S,) events in each sequence."""
+        return self.stops - self.starts
+
+
+def everything(dataset: Dataset) -> tuple[Sequences, Popularity]:
+    """All events, for the refit that is published."""
+    return _training(dataset, dataset.offsets[1:])
+
+
+def leave_one_out(dataset: Dataset) -> Split:
+    """The last event of each user is the test, the one before it the validation, the rest is trained on.
+
+    Users with fewer than three events are trained on and not asked.
+    """
+    last, second = _last_feeding_rows(dataset)
+    asked = np.flatnonzero(second >= 0)
+    stops = dataset.offsets[1:].copy()
+    stops[asked] = second[asked]
+    sequences, popularity = _training(dataset, stops)
+    return Split(sequences, popularity, Cases(dataset, asked, second[asked]), Cases(dataset, asked, last[asked]))
+
+
+def _last_feeding_rows(dataset: Dataset) -> tuple[IntArray, IntArray]:
+    """Rows of the last and the second last event of each user's sequence, (U,); -1 for users with under three."""
+    rows = np.flatnonzero(dataset.feeds)
+    counts = np.bincount(dataset.user[rows], minlength=len(dataset.users))
+    ends = np.cumsum(counts)
+    enough = counts >= 3
+    last, second = np.full(len(counts), -1), np.full(len(counts), -1)
+    last[enough], second[enough] = rows[ends[enough] - 1], rows[ends[enough] - 2]
+    return last, second
+
+
+def _training(dataset: Dataset, stops: IntArray) -> tuple[Sequences, Popularity]:
+    """Sequences and popularity of the rows of each user before `stops` (U,)."""
+    inside = np.arange(len(dataset.item)) < stops[dataset.user]
+    used = inside & dataset.feeds
+    counts = np.bincount(dataset.user[used], minlength=len(dataset.users))
+    ends = np.cumsum(counts)
+    some = counts > 0
+    item = dataset.item[used]
+    popularity = Popularity.of_events(item, dataset.timestamp[used], len(dataset.catalogue))
+    return Sequences(item, (ends - counts)[some], ends[some]), popularity
+
+
+# --- batches ------------------------------------------------------------------------------------------
+
+
+def batches(lengths: IntArray, batch_size: int, rng: np.random.Generator, window: int = 20) -> Iterator[IntArray]:
+    """Shuffled batches of sequences with similar lengths; each a row of positions (B,).
+
+    Sorting by length inside shuffled windows of `window` batches saves most of the padding and keeps
+    batches random enough; sorting everything would show the model the same neighbours each epoch.
+    """
+    order = rng.permutation(len(lengths))
+    groups = []
+    for start in range(0, len(order), batch_size * window):
+        part = order[start : start + batch_size * window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        groups += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    for at in rng.permutation(len(groups)):
+        yield groups[at]

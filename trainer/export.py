@@ -1,0 +1,125 @@
+"""torch to ONNX, with proof that both answer the same.
+
+The exported graph is the whole query: items (B, T) and lengths (B,) in, query (B, D) out, both axes free.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shared.bundle import Parity
+from shared.encoder import Encoder as OnnxEncoder
+from shared.encoder import EncoderSpec, Vectors
+from shared.sequences import mask_index, pack
+from trainer.config import RunConfig
+from trainer.transformer import Encoder
+
+TOLERANCE: Final = 1e-4
+PROBES: Final = 8  # random histories for each length
+
+
+class ExportError(Exception):
+    """The exported network does not say what the trained one says; it must not be published."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One model in the form a bundle takes."""
+
+    onnx: bytes
+    vectors: Vectors  # (N, D)
+    spec: EncoderSpec
+    parity: Parity
+
+
+class _Query(nn.Module):
+    """What is exported: `Encoder.query` under the name `forward`."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
+        return self.encoder.query(items, lengths)
+
+
+def export(encoder: Encoder, config: RunConfig) -> Exported:
+    """Export and prove. Raises ExportError when ONNX and torch differ."""
+    model = to_onnx(encoder)
+    vectors = np.ascontiguousarray(encoder.vectors.detach().cpu().numpy(), np.float32)
+    spec = EncoderSpec(
+        architecture=config.model.kind,
+        item_count=encoder.item_count,
+        width=vectors.shape[1],
+        max_length=config.model.max_length,
+        asks_with_mask=not encoder.causal,
+    )
+    return Exported(model, vectors, spec, prove(encoder, OnnxEncoder(model, spec), vectors))
+
+
+def to_onnx(encoder: Encoder) -> bytes:
+    """The query network as one ONNX file with its weights inside."""
+    # The exporter cannot trace attention whose mask depends on parameters that still want gradients.
+    encoder = encoder.cpu().eval().requires_grad_(requires_grad=False)
+    T = min(8, encoder.positions.num_embeddings)
+    # Batch and length of at least 2: an axis of size 1 would be taken for a constant.
+    example = (torch.ones(2, T, dtype=torch.int64), torch.full((2,), T, dtype=torch.int64))
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time", max=encoder.positions.num_embeddings)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter itself
+        program = torch.onnx.export(
+            _Query(encoder).eval(),
+            example,
+            input_names=["items", "lengths"],
+            output_names=["query"],
+            dynamic_shapes={"items": {0: batch, 1: time}, "lengths": {0: batch}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("torch.onnx.export gave no program")
+    model: onnx.ModelProto = program.model_proto
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def prove(encoder: Encoder, exported: OnnxEncoder, vectors: Vectors, seed: int = 0) -> Parity:
+    """Compare both on random histories of 1, T-1, T and T+5 events. Raises ExportError beyond `TOLERANCE`."""
+    T, rng = exported.spec.max_length, np.random.default_rng(seed)
+    lengths = tuple(sorted({1, max(T - 1, 1), T, T + 5}))
+    mask = None if encoder.causal else mask_index(encoder.item_count)
+    vector_gap = score_gap = 0.0
+    changes = 0
+    for length in lengths:
+        histories = [rng.integers(1, encoder.item_count + 1, length) for _ in range(PROBES)]
+        items, real = pack(histories, T, mask=mask)
+        with torch.no_grad():
+            wanted = encoder.query(torch.from_numpy(items), torch.from_numpy(real)).numpy()  # (PROBES, D)
+        found = exported.encode(histories)
+        vector_gap = max(vector_gap, float(np.abs(wanted - found).max()))
+        for a, b in zip(wanted @ vectors.T, found @ vectors.T, strict=True):  # (N,) each
+            score_gap = max(score_gap, float(np.abs(a - b).max()))
+            changes += top_changes(a, b)
+    parity = Parity(
+        lengths=lengths, max_vector_difference=vector_gap, max_score_difference=score_gap, top10_changes=changes
+    )
+    if not (vector_gap <= TOLERANCE and score_gap <= TOLERANCE and changes == 0):  # `not`: nan must fail too
+        raise ExportError(f"torch and ONNX differ by more than {TOLERANCE}: {parity}")
+    return parity
+
+
+def top_changes(wanted: NDArray[np.float32], found: NDArray[np.float32], k: int = 10) -> int:
+    """Places of the top k (N,) that hold another item in `found` whose wanted score is not nearly the same."""
+    first, second = (np.argsort(-scores, kind="stable")[:k] for scores in (wanted, found))
+    return int(np.count_nonzero(np.abs(wanted[first] - wanted[second]) > TOLERANCE))

@@ -1,0 +1,263 @@
+"""The pipeline: train on the split, measure through a bundle, refit on everything, publish.
+
+Each step leaves its result in the run's folder, so that the commands of the CLI can also be called one by one:
+
+    runs/sasrec/split/   config.yaml  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  fit.json  metrics.json
+    runs/sasrec/all/     config.yaml  last.ckpt  tensorboard/  fit.json  export/{encoder.onnx,vectors.npy,export.json}
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from shared.bundle import Parity
+from shared.encoder import EncoderSpec
+from shared.popularity import Popularity
+from trainer.config import ConfigError, RunConfig, validate
+from trainer.dataset import Cases, Dataset, Sequences, Split, everything, leave_one_out
+from trainer.evaluate import baselines
+from trainer.export import Exported, export
+from trainer.publish import Candidate, check_gate, measure, publish
+from trainer.train import Fitted, TrainingError, evaluate_torch, fit, load_encoder
+
+Fit = Literal["split", "all"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model's folder, for one fit."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, runs: Path, name: str, which: Fit) -> Run:
+        """`runs/<name>/<which>`."""
+        return cls(runs / name / which)
+
+    def start(self, config: RunConfig, *, resume: bool) -> None:
+        """Make the folder ready; without `resume` what an earlier training left goes away."""
+        if self.folder.exists() and not resume:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), self.folder / "config.yaml")
+
+    def config(self) -> RunConfig:
+        """The settings that the folder was made with. Raises ConfigError."""
+        file = self.folder / "config.yaml"
+        if not file.is_file():
+            raise ConfigError(f"{self.folder} holds no run; train one first: python -m trainer train <preset>")
+        return validate(RunConfig, OmegaConf.to_container(OmegaConf.load(file)), str(file))
+
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Keep a step's result as JSON."""
+        (self.folder / name).write_text(json.dumps(values, indent=2) + "\n")
+
+    def read(self, name: str, made_by: str) -> dict[str, Any]:
+        """A step's result. Raises ConfigError that names the command which makes it."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / name).read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{self.folder / name} is missing; make it with: python -m trainer {made_by}") from None
+        return found
+
+    def save_fit(self, fitted: Fitted, fingerprint: str) -> None:
+        """Remember which checkpoint counts, and on which data it was trained."""
+        self.write(
+            "fit.json",
+            {
+                "epochs": fitted.epochs,
+                "best_validation_ndcg@10": fitted.best,
+                "checkpoint": fitted.checkpoint.name,
+                "data": fingerprint,
+            },
+        )
+
+    def checkpoint(self) -> Path:
+        """The checkpoint that counts."""
+        return self.folder / str(self.read("fit.json", "train")["checkpoint"])
+
+    def save_export(self, exported: Exported) -> None:
+        """Keep an export beside its checkpoint."""
+        target = self.folder / "export"
+        target.mkdir(exist_ok=True)
+        (target / "encoder.onnx").write_bytes(exported.onnx)
+        np.save(target / "vectors.npy", exported.vectors)
+        self.write(
+            "export/export.json",
+            {"spec": exported.spec.model_dump(mode="json"), "parity": exported.parity.model_dump(mode="json")},
+        )
+
+    def exported(self) -> Exported:
+        """What `save_export` kept."""
+        found = self.read("export/export.json", "export")
+        target = self.folder / "export"
+        return Exported(
+            (target / "encoder.onnx").read_bytes(),
+            np.load(target / "vectors.npy"),
+            EncoderSpec.model_validate(found["spec"]),
+            Parity.model_validate(found["parity"]),
+        )
+
+
+def one_data(configs: Sequence[RunConfig]) -> None:
+    """Models of one bundle share one catalogue, so they must be trained on the same data. Raises ConfigError."""
+    if any(c.data != configs[0].data for c in configs):
+        raise ConfigError("these presets differ in `data`; models of one bundle must be trained on the same data")
+    names = [c.name for c in configs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two presets have the same name ({', '.join(names)}); set name=... in one of them")
+
+
+def train(
+    config: RunConfig, dataset: Dataset, which: Fit, runs: Path, *, epochs: int | None = None, resume: bool = False
+) -> Fitted:
+    """Train one model on the split (early stopping) or on all events (`epochs` to the end)."""
+    run = Run.of(runs, config.name, which)
+    run.start(config, resume=resume)
+    sequences, validation = _part(dataset, which)
+    fitted = fit(
+        config, len(dataset.catalogue), sequences, validation, run.folder,
+        epochs=epochs, resume=resume,
+    )  # fmt: skip
+    run.save_fit(fitted, dataset.info().fingerprint)
+    return fitted
+
+
+def _part(dataset: Dataset, which: Fit) -> tuple[Sequences, Cases | None]:
+    if which == "all":
+        return everything(dataset)[0], None
+    split = leave_one_out(dataset)
+    return split.sequences, split.validation if len(split.validation) else None
+
+
+def evaluate(
+    fitted: Mapping[str, tuple[RunConfig, Fitted]], dataset: Dataset, split: Split, runs: Path
+) -> dict[str, dict[str, Any]]:
+    """Test metrics of split fits, through a bundle and by torch; kept in each run's `metrics.json`."""
+    candidates = {
+        name: Candidate(config, export(model.encoder, config), "split", {}) for name, (config, model) in fitted.items()
+    }
+    served = measure(dataset, split, candidates, runs) if len(split.test) else {}
+    found = {}
+    for name, (config, model) in fitted.items():
+        found[name] = {
+            "protocol": "leave-one-out, full ranking, seen filtered, split fit",
+            "epochs": model.epochs,
+            "validation_ndcg@10": model.best,
+            "bundle": served.get(name, {}),
+            "torch": evaluate_torch(model.encoder, config, split.test) if len(split.test) else {},
+        }
+        Run.of(runs, name, "split").write("metrics.json", found[name])
+    return found
+
+
+def baseline(dataset: Dataset, split: Split) -> dict[str, dict[str, float]]:
+    """What popularity before each target reaches on the test cases; empty without cases."""
+    return baselines(split.test, split.popularity, timed=dataset.has_times) if len(split.test) else {}
+
+
+def restore(runs: Path, name: str, which: Fit) -> tuple[RunConfig, Fitted]:
+    """A trained model from its run folder."""
+    run = Run.of(runs, name, which)
+    config, saved = run.config(), run.read("fit.json", "train")
+    encoder, _ = load_encoder(run.checkpoint())
+    return config, Fitted(encoder, saved["epochs"], saved["best_validation_ndcg@10"], run.checkpoint())
+
+
+def run(
+    configs: Sequence[RunConfig],
+    dataset: Dataset,
+    runs: Path,
+    bundles: Path,
+    say: Say,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> Path:
+    """Everything, from data to a live bundle; its path."""
+    one_data(configs)
+    split = leave_one_out(dataset)
+    if not len(split.test):
+        say("no user has three events: nothing can be held out, the models are published without metrics")
+    fitted = {}
+    for config in configs:
+        say(f"{config.name}: training on the split, at most {config.training.epochs} epochs")
+        fitted[config.name] = (config, train(config, dataset, "split", runs, resume=resume))
+    say("measuring through a bundle: ONNX, retrieval, final gate")
+    measured = evaluate(fitted, dataset, split, runs)
+    popular = baseline(dataset, split)
+    say(metrics_table(measured, popular))
+    candidates = {
+        name: Candidate(config, export(model.encoder, config), "split", measured[name])
+        for name, (config, model) in fitted.items()
+    }
+    if not force:
+        check_gate(bundles, dataset, candidates, popular)
+    popularity = split.popularity
+    if any(c.publish.refit for c in configs):
+        candidates, popularity = _refit(fitted, dataset, runs, measured, say, resume=resume)
+    for name, candidate in candidates.items():
+        Run.of(runs, name, "all" if candidate.fit == "all" else "split").save_export(candidate.exported)
+    return publish(bundles, dataset, popularity, candidates, popular, split.test, force=force)
+
+
+def _refit(
+    fitted: Mapping[str, tuple[RunConfig, Fitted]],
+    dataset: Dataset,
+    runs: Path,
+    measured: Mapping[str, dict[str, Any]],
+    say: Say,
+    *,
+    resume: bool,
+) -> tuple[dict[str, Candidate], Popularity]:
+    """Train again on all events for the epochs that validation chose."""
+    candidates = {}
+    for name, (config, model) in fitted.items():
+        say(f"{name}: training on all events, {model.epochs} epochs")
+        again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume)
+        candidates[name] = Candidate(config, export(again.encoder, config), "all", measured[name])
+    return candidates, everything(dataset)[1]
+
+
+def publish_runs(
+    runs: Path, names: Sequence[str], dataset: Dataset, bundles: Path, which: Fit, *, force: bool = False
+) -> Path:
+    """Publish from run folders: exports of `which` fit with the metrics of the split fit."""
+    split = leave_one_out(dataset)
+    candidates = {}
+    for name in names:
+        run = Run.of(runs, name, which)
+        trained_on = run.read("fit.json", "train")["data"]
+        if trained_on != dataset.info().fingerprint:
+            raise TrainingError(
+                f"{run.folder} was trained on data {trained_on}, the source now gives {dataset.info().fingerprint}: "
+                "item indices would not fit; train again"
+            )
+        metrics = Run.of(runs, name, "split").read("metrics.json", f"evaluate {name}")
+        candidates[name] = Candidate(run.config(), run.exported(), which, metrics)
+    popular = baseline(dataset, split)
+    popularity = everything(dataset)[1] if which == "all" else split.popularity
+    return publish(bundles, dataset, popularity, candidates, popular, split.test, force=force)
+
+
+COLUMNS = ("hr@5", "ndcg@5", "hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr")
+
+
+def metrics_table(measured: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Mapping[str, float]]) -> str:
+    """The test metrics as text; `mrr` of a bundle counts its top 20, torch's and popularity's all ranks."""
+    rows = [(f"{name} (bundle)", found["bundle"]) for name, found in measured.items()]
+    rows += [(f"{name} (torch)", found["torch"]) for name, found in measured.items()]
+    rows += list(baseline.items())
+    wide = max((len(name) for name, _ in rows), default=0)
+    lines = [" " * wide + "".join(f"{c:>9}" for c in COLUMNS)]
+    lines += [f"{name:<{wide}}" + "".join(f"{row.get(c, float('nan')):9.4f}" for c in COLUMNS) for name, row in rows]
+    return "\n".join(lines)

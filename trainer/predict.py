@@ -1,0 +1,101 @@
+"""Top-K lists for all users, by the live bundle's own code, under the availability rule at each user's last event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from shared.bundle import Bundle, Model
+from shared.catalogue import Availability
+from shared.events import FloatArray, IntArray
+from shared.retrieval import Scope
+from shared.times import render
+from trainer.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """What the rules kept out of the lists."""
+
+    users: int
+    unavailable: int  # (user, item) pairs that did not exist yet, or no more
+    users_touched: int  # users for whom at least one item was unavailable
+    future_in_lists: int  # items of the unruled top-K that the rule replaced
+    without_history: int  # users answered by popularity
+
+
+def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.DataFrame, Excluded]:
+    """Columns user_id, rank, item_id, score, as_of; `dataset` items are mapped to the bundle's by id."""
+    model, rule = bundle.models[name], Availability.of(bundle.catalogue)
+    everything = Availability.open(len(bundle.catalogue))
+    mapped = _to_bundle(bundle, dataset)
+    rows: list[pl.DataFrame] = []
+    unavailable = touched = replaced = lonely = 0
+    for user, user_id in enumerate(dataset.users):
+        lo, hi = dataset.offsets[user], dataset.offsets[user + 1]
+        if lo == hi:
+            continue
+        item = mapped[lo:hi]
+        history, seen = item[dataset.feeds[lo:hi] & (item > 0)], np.unique(item[dataset.seen[lo:hi] & (item > 0)])
+        as_of = int(dataset.timestamp[hi - 1])
+        scope = Scope(rule, as_of, seen)
+        hidden = len(bundle.catalogue) - int(np.count_nonzero(rule.allowed(np.arange(len(rule.numbering)) + 1, as_of)))
+        unavailable, touched = unavailable + hidden, touched + (hidden > 0)
+        if len(history):
+            items, scores, late = _model_list(model, history, scope, everything, k)
+            replaced += late
+        else:
+            items, scores = _popular_list(bundle, scope, k)
+            lonely += 1
+        rows.append(_rows(bundle, user_id, items, scores, as_of))
+    table = pl.concat(rows) if rows else _rows(bundle, "", np.zeros(0, np.int64), np.zeros(0), 0)
+    return table, Excluded(len(rows), unavailable, touched, replaced, lonely)
+
+
+def _to_bundle(bundle: Bundle, dataset: Dataset) -> IntArray:
+    """(E,) the bundle's index of each row's item; 0 where the bundle does not know it."""
+    table = np.array([0, *(bundle.catalogue.index_by_id.get(i.item_id, 0) for i in dataset.catalogue.items)], np.int64)
+    return table[dataset.item]
+
+
+def _model_list(
+    model: Model, history: IntArray, scope: Scope, everything: Availability, k: int
+) -> tuple[IntArray, FloatArray, int]:
+    """The user's list, and how many items of the list without the rule are not in it by the rule."""
+    (query,) = model.encoder.encode([history])
+    found = model.retriever.retrieve(query, k, scope)
+    unruled = model.retriever.retrieve(query, k, Scope(everything, scope.as_of, scope.banned)).items
+    late = int(np.count_nonzero(~scope.availability.allowed(unruled, scope.as_of)))
+    return found.items, found.scores.astype(np.float64), late
+
+
+def _popular_list(bundle: Bundle, scope: Scope, k: int) -> tuple[IntArray, FloatArray]:
+    items = bundle.popularity.fallback(scope.as_of)
+    items = items[scope.permits(items)][:k]
+    return items, np.full(len(items), np.nan)
+
+
+def _rows(bundle: Bundle, user_id: str, items: IntArray, scores: FloatArray, as_of: int) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "user_id": [user_id] * len(items),
+            "rank": np.arange(1, len(items) + 1),
+            "item_id": [bundle.catalogue[int(i)].item_id for i in items],
+            "score": scores,
+            "as_of": [render(as_of)] * len(items),
+        },
+        schema={"user_id": pl.String, "rank": pl.Int64, "item_id": pl.String, "score": pl.Float64, "as_of": pl.String},
+    )
+
+
+def write_table(table: pl.DataFrame, path: Path) -> None:
+    """CSV or Parquet, by the suffix. Raises ValueError for another."""
+    if path.suffix == ".csv":
+        table.write_csv(path)
+    elif path.suffix == ".parquet":
+        table.write_parquet(path)
+    else:
+        raise ValueError(f"{path.name}: write to a file that ends in .csv or .parquet")

@@ -1,0 +1,259 @@
+"""The loop: PyTorch Lightning around one encoder and one objective."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from shared.events import IntArray
+from shared.sequences import mask_index, pack, pack_slices
+from trainer.config import RunConfig
+from trainer.dataset import Cases, Sequences, batches
+from trainer.evaluate import full_ranks, metrics, vector_scores
+from trainer.objectives import cross_entropy, mask_items, shift
+from trainer.transformer import Encoder
+
+MONITOR: Final = "val_ndcg@10"
+EVALUATION_BATCH: Final = 64
+
+
+class TrainingError(Exception):
+    """A training that cannot go on."""
+
+
+class Batches(IterableDataset[Tensor]):
+    """Packed training rows, (B, T + 1) for SASRec, (B, T) for BERT4Rec; new batches each epoch."""
+
+    def __init__(self, sequences: Sequences, config: RunConfig) -> None:
+        self.sequences, self.config, self.epoch = sequences, config, 0
+        causal = config.model.kind == "sasrec"
+        self.longest = config.model.max_length + (1 if causal else 0)
+        least = 2 if causal else 1  # a single event has no next one to learn
+        self.usable = np.flatnonzero(sequences.lengths >= least)
+        self.lengths = np.minimum(sequences.lengths[self.usable], self.longest)
+        if not len(self.usable):
+            raise TrainingError("no user has the two events in the training part that a model needs to learn from")
+
+    def __len__(self) -> int:
+        return ceil(len(self.usable) / self.config.training.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rng = np.random.default_rng((self.config.training.seed, self.epoch))
+        for positions in batches(self.lengths, self.config.training.batch_size, rng):
+            rows = self.usable[positions]
+            items, _ = pack_slices(
+                self.sequences.item, self.sequences.starts[rows], self.sequences.stops[rows], self.longest
+            )
+            yield torch.from_numpy(items)
+
+    def tokens_per_batch(self) -> float:
+        """Mean number of positions to guess in a batch, before masking."""
+        causal = self.config.model.kind == "sasrec"
+        guessed = (self.lengths - 1).sum() if causal else self.lengths.sum() * self.config.training.mask_probability
+        return float(guessed) / len(self)
+
+
+class SequenceModel(pl.LightningModule):
+    """An encoder with its objective, and its validation by full ranking."""
+
+    def __init__(self, config: RunConfig, item_count: int, tokens_per_batch: float, validation: Cases | None) -> None:
+        super().__init__()
+        self.config, self.validation, self.tokens_per_batch = config, validation, tokens_per_batch
+        self.encoder = Encoder(config.model, item_count)
+        self.masks = torch.Generator()
+        self.save_hyperparameters({"config": config.model_dump(mode="json"), "item_count": item_count})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, as the papers have it."""
+        settings = self.config.training
+        return torch.optim.AdamW(self.encoder.parameters(), settings.lr, weight_decay=settings.weight_decay)
+
+    def on_train_epoch_start(self) -> None:
+        """New masks each epoch, the same ones after a resume."""
+        self.masks.manual_seed(hash((self.config.training.seed, self.current_epoch)) & 0x7FFF_FFFF)
+
+    def training_step(self, rows: Tensor, _batch_index: int) -> Tensor:
+        """The loss of packed rows (B, T).
+
+        Divided by the mean number of guesses a batch, not by this batch's: with batches by length, a batch
+        of short users would otherwise weigh as much as one of long users.
+        """
+        inputs, targets = self._pose(rows)
+        loss = cross_entropy(self.encoder(inputs), targets, self.encoder.vectors) / self.tokens_per_batch
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} in epoch {self.current_epoch}: try a smaller training.lr "
+                f"(now {self.config.training.lr}); the last good weights are in {self.trainer.default_root_dir}"
+            )
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        return loss
+
+    def _pose(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.model.kind == "sasrec":
+            return shift(rows)
+        settings = self.config.training
+        count = self.encoder.item_count
+        inputs, targets = mask_items(
+            rows.cpu(), settings.mask_probability, settings.last_item_probability, count, self.masks
+        )
+        return inputs.to(self.device), targets.to(self.device)
+
+    def validation_step(self, _batch: Any, _batch_index: int) -> None:
+        """Full ranking of all validation cases; Lightning asks once an epoch with a dummy batch."""
+        if self.validation is None:
+            return
+        found = evaluate_torch(self.encoder, self.config, self.validation)
+        for name in ("ndcg@10", "hr@10", "mrr"):
+            self.log(f"val_{name}", found.get(name, 0.0), prog_bar=name == "ndcg@10", batch_size=1)
+
+
+@torch.no_grad()
+def encode_torch(encoder: Encoder, config: RunConfig, histories: list[IntArray]) -> tuple[IntArray, Tensor]:
+    """Query vectors of the histories that are not empty: their positions (C',) and vectors (C', D)."""
+    was_training = encoder.training
+    encoder.eval()
+    device = encoder.items.weight.device
+    asked = np.array([c for c, h in enumerate(histories) if len(h)], np.int64)
+    asked = asked[np.argsort([len(histories[c]) for c in asked], kind="stable")]
+    mask = None if encoder.causal else mask_index(encoder.item_count)
+    parts = []
+    for start in range(0, len(asked), EVALUATION_BATCH):
+        chunk = [histories[c] for c in asked[start : start + EVALUATION_BATCH]]
+        items, lengths = pack(chunk, config.model.max_length, mask=mask)
+        parts.append(encoder.query(torch.from_numpy(items).to(device), torch.from_numpy(lengths).to(device)).cpu())
+    encoder.train(was_training)
+    return asked, torch.cat(parts) if parts else torch.zeros(0, config.model.hidden_units)
+
+
+def evaluate_torch(encoder: Encoder, config: RunConfig, cases: Cases) -> dict[str, float]:
+    """Metrics of the network itself, full ranks."""
+    asked, queries = encode_torch(encoder, config, cases.histories())
+    part = Cases(cases.dataset, cases.user[asked], cases.row[asked])
+    vectors = encoder.vectors.detach().cpu().numpy()
+    return metrics(full_ranks(part, vector_scores(queries.numpy(), vectors)))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained encoder, and how it came about."""
+
+    encoder: Encoder
+    epochs: int  # that the weights were trained for
+    best: float | None  # validation NDCG@10; None without validation
+    checkpoint: Path
+
+
+def fit(
+    config: RunConfig,
+    item_count: int,
+    sequences: Sequences,
+    validation: Cases | None,
+    folder: Path,
+    *,
+    epochs: int | None = None,
+    resume: bool = False,
+) -> Fitted:
+    """Train; with `validation` keep the best epoch and stop early, without it train `epochs` to the end.
+
+    `folder` gets checkpoints, TensorBoard files and `config.yaml`. `resume` goes on from `last.ckpt` there.
+    """
+    _quiet()
+    pl.seed_everything(config.training.seed, workers=True, verbose=False)
+    torch.set_num_threads(config.training.threads)
+    data = Batches(sequences, config)
+    model = SequenceModel(config, item_count, data.tokens_per_batch(), validation)
+    saver = _checkpoints(config, folder, validated=validation is not None)
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        max_epochs=config.training.epochs if epochs is None else epochs,
+        accelerator=config.training.accelerator,
+        devices=1,
+        logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+        callbacks=[saver, _EpochBatches(data), TQDMProgressBar(refresh_rate=10), *_stopping(config, validation)],
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        check_val_every_n_epoch=config.training.validate_every,
+        enable_model_summary=False,
+        gradient_clip_val=5.0,
+    )
+    last = folder / "last.ckpt"
+    checkpoint = str(last) if resume and last.is_file() else None
+    ask = DataLoader([0], batch_size=1) if validation is not None else None  # type: ignore[arg-type,var-annotated]
+    trainer.fit(model, DataLoader(data, batch_size=None), ask, ckpt_path=checkpoint, weights_only=False)
+    if trainer.interrupted:
+        raise TrainingError(f"interrupted; go on with --resume (the last epoch is in {last})")
+    return _best(model, trainer, saver, last)
+
+
+def _best(model: SequenceModel, trainer: pl.Trainer, saver: ModelCheckpoint, last: Path) -> Fitted:
+    """The weights of the best validated epoch, or the last ones."""
+    if model.validation is None or not saver.best_model_path:
+        return Fitted(model.encoder.cpu().eval(), trainer.current_epoch, None, last)
+    best = Path(saver.best_model_path)
+    saved = torch.load(best, map_location="cpu", weights_only=False)  # our own file, written minutes ago
+    model.load_state_dict(saved["state_dict"])
+    score = saver.best_model_score
+    return Fitted(model.encoder.cpu().eval(), int(saved["epoch"]) + 1, None if score is None else float(score), best)
+
+
+def load_encoder(checkpoint: Path) -> tuple[Encoder, RunConfig]:
+    """The encoder of a checkpoint that `fit` wrote, with its settings."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    config = RunConfig.model_validate(saved["hyper_parameters"]["config"])
+    encoder = Encoder(config.model, int(saved["hyper_parameters"]["item_count"]))
+    prefix = "encoder."
+    state = {k.removeprefix(prefix): v for k, v in saved["state_dict"].items() if k.startswith(prefix)}
+    encoder.load_state_dict(state)
+    return encoder.eval(), config
+
+
+class _EpochBatches(Callback):
+    """Tells the batches which epoch it is, after a resume too."""
+
+    def __init__(self, data: Batches) -> None:
+        self.data = data
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        self.data.epoch = trainer.current_epoch
+
+
+def _checkpoints(config: RunConfig, folder: Path, *, validated: bool) -> ModelCheckpoint:
+    # Lightning would number a second file of the same name "last-v1"; the newest state is always last.ckpt.
+    if not validated:
+        return ModelCheckpoint(folder, filename="unused", save_top_k=0, save_last=True, enable_version_counter=False)
+    return ModelCheckpoint(
+        folder,
+        filename=f"{config.model.kind}-{{epoch}}-{{{MONITOR}:.4f}}",
+        monitor=MONITOR,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+
+
+def _stopping(config: RunConfig, validation: Cases | None) -> list[Callback]:
+    if validation is None:
+        return []
+    checks = max(1, config.training.patience // config.training.validate_every)
+    return [EarlyStopping(MONITOR, mode="max", patience=checks, min_delta=1e-5)]
+
+
+def _quiet() -> None:
+    """Leave the progress bar and our own lines; Lightning's hints on workers and devices are noise here."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
