@@ -169,15 +169,21 @@ class Bundle:
         manifest = verify(path)
         try:
             catalogue = Catalogue.in_order(list(_read_items(path / "items.jsonl")))
-            with np.load(path / "popularity.npz", allow_pickle=False) as counts:
-                day, item, count = (counts[name].astype(np.int64) for name in ("day", "item", "count"))
-            popularity = Popularity(day, item, count, len(catalogue))
+            popularity = _load_popularity(path, len(catalogue))
             models = {name: _load_model(path, name, info, catalogue, mode) for name, info in manifest.models.items()}
         except BundleError:
             raise
         except Exception as error:  # a file with the right checksum that still cannot be read: say which bundle
             raise BundleError(f"{path}: cannot be loaded: {error}") from error
         return cls(path, manifest, catalogue, popularity, models)
+
+
+def _load_popularity(path: Path, item_count: int) -> Popularity:
+    with np.load(path / "popularity.npz", allow_pickle=False) as counts:
+        day, item, count = (counts[name].astype(np.int64) for name in ("day", "item", "count"))
+    if not len(day) == len(item) == len(count) or np.any((item < 1) | (item > item_count)):
+        raise BundleError(f"{path}: the popularity counts are not the catalogue's")
+    return Popularity(day, item, count, item_count)
 
 
 def _load_model(path: Path, name: str, info: ModelInfo, catalogue: Catalogue, mode: Mode) -> Model:
@@ -189,6 +195,8 @@ def _load_model(path: Path, name: str, info: ModelInfo, catalogue: Catalogue, mo
     if spec.item_count != len(catalogue):
         raise BundleError(f"{path}: {name} was made for {spec.item_count} items, the catalogue has {len(catalogue)}")
     index = load_index(str(folder / "index.hnsw"), spec.width, info.index.ef)
+    if index.get_current_count() != len(catalogue):
+        raise BundleError(f"{path}: the index of {name} holds {index.get_current_count()} items, not the catalogue's")
     return Model(name, info, Encoder(folder / "encoder.onnx", spec), Retriever(vectors, index, mode))
 
 

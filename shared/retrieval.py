@@ -12,9 +12,11 @@ A score is `vectors[r] · query` for item index r + 1, whatever path found the i
 from __future__ import annotations
 
 import logging
+import struct
 from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
+from pathlib import Path
 from typing import Final
 
 import hnswlib
@@ -149,7 +151,14 @@ def build_index(vectors: Vectors, *, m: int = 16, ef_construction: int = 200, se
 
 
 def load_index(path: str, width: int, ef: int) -> hnswlib.Index:
-    """Load an index and set `ef`, which loading resets and which is shared by all queries."""
+    """Load an index and set `ef`, which loading resets and which is shared by all queries.
+
+    Raises ValueError for an index of another width: hnswlib itself would read past the end of its vectors.
+    """
+    with Path(path).open("rb") as file:  # hnswlib's header: six sizes, of which the last two enclose a vector
+        *_, after_vector, at_vector = struct.unpack("=6Q", file.read(48))
+    if after_vector - at_vector != width * np.dtype(np.float32).itemsize:
+        raise ValueError(f"{Path(path).name} was not built for vectors of width {width}")
     index = hnswlib.Index(space="ip", dim=width)
     index.load_index(path)
     index.set_ef(ef)

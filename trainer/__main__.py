@@ -10,6 +10,8 @@ from typing import Annotated, NoReturn
 # Before torch and numpy start their pools: two libraries with a pool each fight for the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
+# Waiting threads sleep instead of spinning: on a machine with other work, spinning costs more than it saves (README).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 from rich.console import Console
@@ -21,10 +23,10 @@ from trainer import pipeline
 from trainer.config import ConfigError, RunConfig, load_config, preset_names
 from trainer.dataset import Dataset, DatasetError, leave_one_out, load_dataset
 from trainer.export import ExportError, export
-from trainer.pipeline import Fit, Run
+from trainer.pipeline import Run
+from trainer.predict import check_table, write_table
 from trainer.predict import predict as predict_lists
-from trainer.predict import write_table
-from trainer.publish import PublishRefusedError, write_index
+from trainer.publish import Fit, PublishRefusedError, write_index
 from trainer.seed import seed_log
 from trainer.sources import SOURCES, RawData, SourceError, describe
 from trainer.train import TrainingError
@@ -195,6 +197,7 @@ def predict(
     k: Annotated[int, typer.Option("--k", min=1, max=1000, help="Items a user.")] = 10,
 ) -> None:
     """Top-K lists for all users of a preset's data, with the availability rule at each user's last event."""
+    check_table(out)
     version = current_version(bundles)
     if version is None:
         raise BundleError(f"nothing is published in {bundles}; run: python -m trainer run <preset>")

@@ -122,7 +122,11 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"no preset {preset!r}: {hint}There are {', '.join(preset_names())}, or name a YAML file.")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        base, given = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        kind = OmegaConf.select(given, "data.source.kind")
+        if kind is not None and kind != OmegaConf.select(base, "data.source.kind"):
+            OmegaConf.update(base, "data.source", {}, merge=False)  # another source: nothing of the old one applies
+        merged = OmegaConf.merge(base, given)
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path.name} with {' '.join(overrides)}: {error}") from error

@@ -57,7 +57,8 @@ def full_ranks(cases: Cases, scores: Scores, chunk: int = 256) -> IntArray:
         for row, case in zip(table, part, strict=True):
             row[seen[case] - 1] = -np.inf
         again = table[np.arange(len(part)), targets[part] - 1] == -np.inf
-        ahead = (table >= wanted[:, None]).sum(1)  # counts the target itself, which makes it a rank from 1
+        # Counts the target itself, which makes it a rank from 1. `not <`: nan counts against the target too.
+        ahead = (~(table < wanted[:, None])).sum(1)
         ranks[part] = np.where(again, MISSED, ahead)
     return ranks
 
@@ -106,14 +107,17 @@ def served_ranks(cases: Cases, encoder: Encoder, retriever: Retriever, availabil
 
 
 def evaluate_served(cases: Cases, encoder: Encoder, retriever: Retriever) -> dict[str, Any]:
-    """Metrics through the bundle, without and with the availability rule, and what the rule touches."""
+    """Metrics through the bundle, without and with the availability rule, and what the rule touches.
+
+    Data without times has no "exists at the target's time": the rule is off, and touches nothing.
+    """
     catalogue = cases.dataset.catalogue
-    rule = Availability.of(catalogue)
+    rule = Availability.of(catalogue) if cases.dataset.has_times else Availability.open(len(catalogue))
     open_ranks = served_ranks(cases, encoder, retriever, Availability.open(len(catalogue)))
     ruled_ranks = served_ranks(cases, encoder, retriever, rule)
     times = cases.timestamp
     hidden = [not rule.allowed(np.array([t]), int(at))[0] for t, at in zip(cases.target, times, strict=True)]
-    fewer = [len(catalogue) - rule.prefix(int(at)) for at in times]
+    fewer = [items_hidden(rule, int(at)) for at in times]
     return {
         "cases": len(cases),
         **metrics(open_ranks),
@@ -124,6 +128,12 @@ def evaluate_served(cases: Cases, encoder: Encoder, retriever: Retriever) -> dic
             "items_hidden_mean": float(np.mean(fewer)) if fewer else 0.0,
         },
     }
+
+
+def items_hidden(rule: Availability, as_of: int) -> int:
+    """How many items of the catalogue do not exist at `as_of`."""
+    blocked, extra = rule.exceptions(as_of)
+    return len(rule.numbering) - rule.prefix(as_of) + len(blocked) - len(extra)
 
 
 def index_recall(queries: Vectors, retriever: Retriever, k: int) -> float:

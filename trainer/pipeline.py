@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -25,10 +25,10 @@ from trainer.config import ConfigError, RunConfig, validate
 from trainer.dataset import Cases, Dataset, Sequences, Split, everything, leave_one_out
 from trainer.evaluate import baselines
 from trainer.export import Exported, export
-from trainer.publish import Candidate, check_gate, measure, publish
+from trainer.publish import Candidate, Fit, check_gate, measure, publish
+from trainer.sources.config import SqlSource
 from trainer.train import Fitted, TrainingError, evaluate_torch, fit, load_encoder
 
-Fit = Literal["split", "all"]
 Say = Callable[[str], None]
 
 
@@ -48,7 +48,12 @@ class Run:
         if self.folder.exists() and not resume:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), self.folder / "config.yaml")
+        values = config.model_dump(mode="json")
+        if isinstance(config.data.source, SqlSource):  # the next step needs the URL whole, with its password
+            values["data"]["source"]["url"] = config.data.source.url.get_secret_value()
+        file = self.folder / "config.yaml"
+        file.touch(mode=0o600)
+        OmegaConf.save(OmegaConf.create(values), file)
 
     def config(self) -> RunConfig:
         """The settings that the folder was made with. Raises ConfigError."""
@@ -141,22 +146,23 @@ def _part(dataset: Dataset, which: Fit) -> tuple[Sequences, Cases | None]:
 
 def evaluate(
     fitted: Mapping[str, tuple[RunConfig, Fitted]], dataset: Dataset, split: Split, runs: Path
-) -> dict[str, dict[str, Any]]:
-    """Test metrics of split fits, through a bundle and by torch; kept in each run's `metrics.json`."""
-    candidates = {
+) -> dict[str, Candidate]:
+    """Split fits with their test metrics, through a bundle and by torch; also kept in each run's `metrics.json`."""
+    bare = {
         name: Candidate(config, export(model.encoder, config), "split", {}) for name, (config, model) in fitted.items()
     }
-    served = measure(dataset, split, candidates, runs) if len(split.test) else {}
+    served = measure(dataset, split, bare, runs) if len(split.test) else {}
     found = {}
     for name, (config, model) in fitted.items():
-        found[name] = {
+        metrics = {
             "protocol": "leave-one-out, full ranking, seen filtered, split fit",
             "epochs": model.epochs,
             "validation_ndcg@10": model.best,
             "bundle": served.get(name, {}),
             "torch": evaluate_torch(model.encoder, config, split.test) if len(split.test) else {},
         }
-        Run.of(runs, name, "split").write("metrics.json", found[name])
+        Run.of(runs, name, "split").write("metrics.json", metrics)
+        found[name] = replace(bare[name], metrics=metrics)
     return found
 
 
@@ -193,20 +199,16 @@ def run(
         say(f"{config.name}: training on the split, at most {config.training.epochs} epochs")
         fitted[config.name] = (config, train(config, dataset, "split", runs, resume=resume))
     say("measuring through a bundle: ONNX, retrieval, final gate")
-    measured = evaluate(fitted, dataset, split, runs)
+    candidates = evaluate(fitted, dataset, split, runs)
     popular = baseline(dataset, split)
-    say(metrics_table(measured, popular))
-    candidates = {
-        name: Candidate(config, export(model.encoder, config), "split", measured[name])
-        for name, (config, model) in fitted.items()
-    }
+    say(metrics_table(candidates, popular))
     if not force:
         check_gate(bundles, dataset, candidates, popular)
     popularity = split.popularity
     if any(c.publish.refit for c in configs):
-        candidates, popularity = _refit(fitted, dataset, runs, measured, say, resume=resume)
+        candidates, popularity = _refit(fitted, dataset, runs, candidates, say, resume=resume)
     for name, candidate in candidates.items():
-        Run.of(runs, name, "all" if candidate.fit == "all" else "split").save_export(candidate.exported)
+        Run.of(runs, name, candidate.fit).save_export(candidate.exported)
     return publish(bundles, dataset, popularity, candidates, popular, split.test, force=force)
 
 
@@ -214,7 +216,7 @@ def _refit(
     fitted: Mapping[str, tuple[RunConfig, Fitted]],
     dataset: Dataset,
     runs: Path,
-    measured: Mapping[str, dict[str, Any]],
+    measured: Mapping[str, Candidate],
     say: Say,
     *,
     resume: bool,
@@ -224,7 +226,7 @@ def _refit(
     for name, (config, model) in fitted.items():
         say(f"{name}: training on all events, {model.epochs} epochs")
         again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume)
-        candidates[name] = Candidate(config, export(again.encoder, config), "all", measured[name])
+        candidates[name] = replace(measured[name], exported=export(again.encoder, config), fit="all")
     return candidates, everything(dataset)[1]
 
 
@@ -252,11 +254,11 @@ def publish_runs(
 COLUMNS = ("hr@5", "ndcg@5", "hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr")
 
 
-def metrics_table(measured: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Mapping[str, float]]) -> str:
+def metrics_table(measured: Mapping[str, Candidate], popular: Mapping[str, Mapping[str, float]]) -> str:
     """The test metrics as text; `mrr` of a bundle counts its top 20, torch's and popularity's all ranks."""
-    rows = [(f"{name} (bundle)", found["bundle"]) for name, found in measured.items()]
-    rows += [(f"{name} (torch)", found["torch"]) for name, found in measured.items()]
-    rows += list(baseline.items())
+    rows = [(f"{name} (bundle)", found.metrics["bundle"]) for name, found in measured.items()]
+    rows += [(f"{name} (torch)", found.metrics["torch"]) for name, found in measured.items()]
+    rows += list(popular.items())
     wide = max((len(name) for name, _ in rows), default=0)
     lines = [" " * wide + "".join(f"{c:>9}" for c in COLUMNS)]
     lines += [f"{name:<{wide}}" + "".join(f"{row.get(c, float('nan')):9.4f}" for c in COLUMNS) for name, row in rows]

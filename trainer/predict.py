@@ -12,8 +12,10 @@ from shared.bundle import Bundle, Model
 from shared.catalogue import Availability
 from shared.events import FloatArray, IntArray
 from shared.retrieval import Scope
-from shared.times import render
+from shared.times import END, render
+from trainer.config import ConfigError
 from trainer.dataset import Dataset
+from trainer.evaluate import items_hidden
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,13 @@ class Excluded:
 
 
 def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.DataFrame, Excluded]:
-    """Columns user_id, rank, item_id, score, as_of; `dataset` items are mapped to the bundle's by id."""
-    model, rule = bundle.models[name], Availability.of(bundle.catalogue)
-    everything = Availability.open(len(bundle.catalogue))
+    """Columns user_id, rank, item_id, score, as_of; `dataset` items are mapped to the bundle's by id.
+
+    `as_of` is null where the data has no times.
+    """
+    model, everything = bundle.models[name], Availability.open(len(bundle.catalogue))
+    # Data without times has no "the user's last event": the rule is off, and what was ever popular counts.
+    rule = Availability.of(bundle.catalogue) if dataset.has_times else everything
     mapped = _to_bundle(bundle, dataset)
     rows: list[pl.DataFrame] = []
     unavailable = touched = replaced = lonely = 0
@@ -40,9 +46,9 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
             continue
         item = mapped[lo:hi]
         history, seen = item[dataset.feeds[lo:hi] & (item > 0)], np.unique(item[dataset.seen[lo:hi] & (item > 0)])
-        as_of = int(dataset.timestamp[hi - 1])
+        as_of = int(dataset.timestamp[hi - 1]) if dataset.has_times else END - 1
         scope = Scope(rule, as_of, seen)
-        hidden = len(bundle.catalogue) - int(np.count_nonzero(rule.allowed(np.arange(len(rule.numbering)) + 1, as_of)))
+        hidden = items_hidden(rule, as_of)
         unavailable, touched = unavailable + hidden, touched + (hidden > 0)
         if len(history):
             items, scores, late = _model_list(model, history, scope, everything, k)
@@ -85,17 +91,23 @@ def _rows(bundle: Bundle, user_id: str, items: IntArray, scores: FloatArray, as_
             "rank": np.arange(1, len(items) + 1),
             "item_id": [bundle.catalogue[int(i)].item_id for i in items],
             "score": scores,
-            "as_of": [render(as_of)] * len(items),
+            "as_of": [None if as_of == END - 1 else render(as_of)] * len(items),
         },
         schema={"user_id": pl.String, "rank": pl.Int64, "item_id": pl.String, "score": pl.Float64, "as_of": pl.String},
     )
 
 
 def write_table(table: pl.DataFrame, path: Path) -> None:
-    """CSV or Parquet, by the suffix. Raises ValueError for another."""
+    """CSV or Parquet, by the suffix. Raises ConfigError for another."""
+    check_table(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         table.write_csv(path)
-    elif path.suffix == ".parquet":
-        table.write_parquet(path)
     else:
-        raise ValueError(f"{path.name}: write to a file that ends in .csv or .parquet")
+        table.write_parquet(path)
+
+
+def check_table(path: Path) -> None:
+    """Raise ConfigError for a file that `write_table` cannot write: better before the work than after it."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise ConfigError(f"{path.name}: write to a file that ends in .csv or .parquet")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from shared.bundle import (
     Bundle,
@@ -34,6 +34,8 @@ from trainer.export import Exported
 
 GATE_METRIC: Final = "ndcg@10"
 RECALL_QUERIES: Final = 2_000
+Fit = Literal["split", "all"]
+"""Whether the weights saw the held-out events."""
 
 
 class PublishRefusedError(Exception):
@@ -46,7 +48,7 @@ class Candidate:
 
     config: RunConfig
     exported: Exported
-    fit: str  # "split" or "all"
+    fit: Fit
     metrics: dict[str, Any]
 
 

@@ -82,8 +82,10 @@ class SequenceModel(pl.LightningModule):
         return torch.optim.AdamW(self.encoder.parameters(), settings.lr, weight_decay=settings.weight_decay)
 
     def on_train_epoch_start(self) -> None:
-        """New masks each epoch, the same ones after a resume."""
-        self.masks.manual_seed(hash((self.config.training.seed, self.current_epoch)) & 0x7FFF_FFFF)
+        """New masks and dropout each epoch, the same ones after a resume."""
+        seed = hash((self.config.training.seed, self.current_epoch)) & 0x7FFF_FFFF
+        self.masks.manual_seed(seed)
+        torch.manual_seed(seed)
 
     def training_step(self, rows: Tensor, _batch_index: int) -> Tensor:
         """The loss of packed rows (B, T).
@@ -192,9 +194,10 @@ def fit(
     last = folder / "last.ckpt"
     checkpoint = str(last) if resume and last.is_file() else None
     ask = DataLoader([0], batch_size=1) if validation is not None else None  # type: ignore[arg-type,var-annotated]
-    trainer.fit(model, DataLoader(data, batch_size=None), ask, ckpt_path=checkpoint, weights_only=False)
-    if trainer.interrupted:
-        raise TrainingError(f"interrupted; go on with --resume (the last epoch is in {last})")
+    try:
+        trainer.fit(model, DataLoader(data, batch_size=None), ask, ckpt_path=checkpoint, weights_only=False)
+    except SystemExit:  # Lightning's answer to Ctrl+C
+        raise TrainingError(f"interrupted; go on with --resume (the last epoch is in {last})") from None
     return _best(model, trainer, saver, last)
 
 

@@ -16,16 +16,21 @@ _sequence = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 def upgrade() -> None:
     op.create_table(
         "events",
-        sa.Column("seq", _sequence, autoincrement=True, nullable=False),
+        sa.Column("seq", _sequence, autoincrement=True, nullable=False, comment="arrival: the log's own order"),
         sa.Column("event_id", sa.String(256), nullable=False),
         sa.Column("user_id", sa.String(256), nullable=False),
         sa.Column("item_id", sa.String(256), nullable=False),
         sa.Column("event_type", sa.String(64), nullable=False),
         sa.Column("value", sa.Float(53)),
-        sa.Column("timestamp", sa.BigInteger, nullable=False),
+        sa.Column("timestamp", sa.BigInteger, nullable=False, comment="epoch microseconds"),
         sa.Column("recommendation_id", sa.String(256)),
         sa.Column("session_id", sa.String(256)),
-        sa.Column("digest", sa.String(32), nullable=False),
+        sa.Column(
+            "digest",
+            sa.String(32),
+            nullable=False,
+            comment="hash of the fields as sent: tells a retry from a conflict",
+        ),
         sa.PrimaryKeyConstraint("seq", name="pk_events"),
         sa.UniqueConstraint("user_id", "event_id", name="uq_events_user_id_event_id"),
         sqlite_autoincrement=True,
@@ -35,18 +40,25 @@ def upgrade() -> None:
         "items",
         sa.Column("item_id", sa.String(256), nullable=False),
         sa.Column("title", sa.Text),
-        sa.Column("categories", sa.JSON),
-        sa.Column("available_from", sa.BigInteger),
+        sa.Column("categories", sa.JSON, comment='list of "field:value"; null leaves what the bundle says'),
+        sa.Column("available_from", sa.BigInteger, comment="epoch microseconds; null leaves what the bundle says"),
         sa.Column("available_until", sa.BigInteger),
         sa.Column("withdrawn", sa.Boolean, nullable=False),
-        sa.Column("revision", sa.BigInteger, nullable=False),
+        sa.Column(
+            "revision",
+            sa.BigInteger,
+            nullable=False,
+            comment="of the whole catalogue, at this item's last change",
+        ),
         sa.PrimaryKeyConstraint("item_id", name="pk_items"),
     )
     op.create_index("ix_items_revision", "items", ["revision"])
     revisions = op.create_table(
         "catalogue_revision",
         sa.Column("id", sa.Integer, autoincrement=False, nullable=False),
-        sa.Column("revision", sa.BigInteger, nullable=False),
+        sa.Column(
+            "revision", sa.BigInteger, nullable=False, comment="one row; changing it orders all catalogue changes"
+        ),
         sa.PrimaryKeyConstraint("id", name="pk_catalogue_revision"),
     )
     op.bulk_insert(revisions, [{"id": 1, "revision": 0}])
@@ -54,8 +66,9 @@ def upgrade() -> None:
         "cache_outbox",
         sa.Column("seq", _sequence, autoincrement=False, nullable=False),
         sa.Column("user_id", sa.String(256), nullable=False),
-        sa.Column("written", sa.BigInteger, nullable=False),
+        sa.Column("written", sa.BigInteger, nullable=False, comment="epoch microseconds"),
         sa.PrimaryKeyConstraint("seq", name="pk_cache_outbox"),
+        comment="events that may not have reached the history cache yet; a row goes when its event has",
     )
 
 

@@ -1,0 +1,48 @@
+# Every target does its own set-up with pip in .venv. One prerequisite: a C++ compiler, for hnswlib.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo train-full test check format lock clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+demo: $(VENV)/.run   ## train on MovieLens 100K, publish, serve on http://127.0.0.1:8000
+	@$(BIN)/python -m deploy.demo
+
+train-full: $(VENV)/.run   ## train the full presets on MovieLens 100K and publish them
+	@$(BIN)/python -m trainer run sasrec-full bert4rec-full
+
+test: check   ## lint, types and all tests
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+check: $(VENV)/.dev   ## lint and types alone
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev   ## rewrite the sources in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: $(VENV)/.dev   ## make constraints.txt anew from pyproject.toml
+	@$(BIN)/pip-compile --quiet --all-extras --strip-extras --upgrade --no-emit-index-url --no-emit-find-links \
+		--no-emit-trusted-host --output-file constraints.txt pyproject.toml
+	@# A local version such as 2.13.0+cpu names one machine's build, not the release.
+	@sed -i -E 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' constraints.txt
+
+clean:           ## remove what the targets made, data and bundles included
+	rm -rf $(VENV) bundles runs var data
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	@$(PYTHON) deploy/prerequisites.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Upnext into $(VENV) (a minute or two, once)"
+	@$(PIP) --editable '.[service,trainer]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@$(PIP) --editable '.[service,trainer,dev]'
+	@touch $@

@@ -1,0 +1,99 @@
+"""The live catalogue in SQL: changes to items since the bundle was made.
+
+Each change carries the catalogue's revision after it. All writers take the one row of `catalogue_revision`
+first, so changes commit in the order of their revisions, and a follower that asks for what is newer than the
+last revision it saw misses none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import null, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.history import database_failures_as
+from shared.catalogue import ItemChange
+from shared.database import catalogue_revision, items
+from shared.events import ItemId
+
+_COLUMNS: Final = tuple(items.c[name] for name in ItemChange.__dataclass_fields__)
+_NEXT: Final = (
+    update(catalogue_revision)
+    .where(catalogue_revision.c.id == 1)
+    .values(revision=catalogue_revision.c.revision + 1)
+    .returning(catalogue_revision.c.revision)
+)
+
+
+class CatalogueUnavailable(Exception):  # noqa: N818 - says what it is
+    """The live catalogue could not be read or written."""
+
+
+class LiveCatalogue:
+    """Reads and writes the table `items`. All methods raise CatalogueUnavailable when SQL fails."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._upsert_into = (sqlite if engine.dialect.name == "sqlite" else postgresql).insert(items)
+
+    async def get(self, item_id: ItemId) -> ItemChange | None:
+        """The item's row; None when nothing was changed since the bundle."""
+        with database_failures_as(CatalogueUnavailable):
+            async with self.engine.connect() as connection:
+                row = (await connection.execute(select(*_COLUMNS).where(items.c.item_id == item_id))).one_or_none()
+        return None if row is None else _change(row)
+
+    async def put(
+        self,
+        item_id: ItemId,
+        *,
+        title: str | None = None,
+        categories: tuple[str, ...] | None = None,
+        available_from: int | None = None,
+        available_until: int | None = None,
+        withdrawn: bool = False,
+    ) -> ItemChange:
+        """Replace the item's row; None leaves the bundle's value in force. Times are epoch microseconds."""
+        fields: dict[str, Any] = {
+            "title": title,
+            # A JSON column would store None as the JSON text null.
+            "categories": null() if categories is None else list(categories),
+            "available_from": available_from,
+            "available_until": available_until,
+            "withdrawn": withdrawn,
+        }
+        return await self._upsert(item_id, fields, fields)
+
+    async def withdraw(self, item_id: ItemId) -> ItemChange:
+        """Mark the item as withdrawn, whatever else its row says; makes a row where there is none."""
+        return await self._upsert(item_id, {"categories": null(), "withdrawn": True}, {"withdrawn": True})
+
+    async def changes_since(self, revision: int) -> tuple[int, list[ItemChange]]:
+        """The catalogue's revision, and all rows changed after `revision`, oldest change first.
+
+        The revision is read first: a change that commits between the two reads comes again next time.
+        """
+        query = select(*_COLUMNS).where(items.c.revision > revision).order_by(items.c.revision)
+        with database_failures_as(CatalogueUnavailable):
+            async with self.engine.connect() as connection:
+                current: int = (await connection.execute(select(catalogue_revision.c.revision))).scalar_one()
+                rows = (await connection.execute(query)).all() if current != revision else []
+        return current, [_change(row) for row in rows]
+
+    async def _upsert(self, item_id: ItemId, fresh: dict[str, Any], changed: dict[str, Any]) -> ItemChange:
+        with database_failures_as(CatalogueUnavailable):
+            async with self.engine.begin() as connection:
+                revision = (await connection.execute(_NEXT)).scalar_one()
+                statement = (
+                    self._upsert_into.values(item_id=item_id, revision=revision, **fresh)
+                    .on_conflict_do_update(index_elements=[items.c.item_id], set_=changed | {"revision": revision})
+                    .returning(*_COLUMNS)
+                )
+                return _change((await connection.execute(statement)).one())
+
+
+def _change(row: Any) -> ItemChange:
+    item_id, title, categories, *rest = row
+    return ItemChange(item_id, title, None if categories is None else tuple(categories), *rest)

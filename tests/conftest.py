@@ -1,0 +1,86 @@
+"""Fixtures that tests of several files use. With pytest-xdist each worker starts servers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.history import HistoryStore, create_redis
+from service.ingest import EventLog
+from shared.database import create_engine, migrate
+from tests.servers import PostgresServer, RedisServer
+
+
+@pytest.fixture(scope="session")
+def redis_for_session() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(redis_for_session: RedisServer) -> RedisServer:
+    """A running, empty redis-server. Tests that kill it start their own."""
+    redis_for_session.cli("FLUSHALL")
+    return redis_for_session
+
+
+@pytest.fixture
+def redis_of_test() -> Iterator[RedisServer]:
+    """A redis-server for one test, which may kill, freeze and restart it."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a fresh, empty database, in turn on SQLite and on PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'upnext.db'}"
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    return await server.new_database()
+
+
+@pytest.fixture
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """An engine on a fresh database with the current schema, in turn on SQLite and on PostgreSQL."""
+    engine = create_engine(database_url)
+    await migrate(engine)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def sqlite_engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
+    """Like `engine`, for tests in which the database plays no part."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'upnext.db'}")
+    await migrate(engine)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    client = create_redis(redis_server.url, timeout=5)  # for slow machines: no test here is about time
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def histories(redis: Redis, engine: AsyncEngine) -> HistoryStore:
+    return HistoryStore(redis, engine)
+
+
+@pytest.fixture
+def event_log(engine: AsyncEngine, histories: HistoryStore) -> EventLog:
+    """Without its background task: tests flush and settle when they want to."""
+    return EventLog(engine, histories)

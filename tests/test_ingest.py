@@ -1,0 +1,272 @@
+"""The event log: all or nothing, idempotent by (user_id, event_id), and an outbox that repairs the cache."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from sqlalchemy import func, insert, select, text, update
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.history import HistoryStore, create_redis
+from service.ingest import OVERDUE, Accepted, EventConflict, EventLog, LogUnavailable, NewEvent, digest_of
+from shared.database import cache_outbox, create_engine, events, migrate
+from shared.events import HistoryPolicy, item_keys
+from tests.servers import PostgresServer, RedisServer
+
+POLICY = HistoryPolicy(sequence_types=("view",), seen_types=("view", "skip"))
+NOW = 1_700_000_000_000_000
+
+
+def event(item_id: str, event_id: str | None = None, user_id: str = "u", **fields: Any) -> NewEvent:
+    return NewEvent(event_id, user_id, item_id, fields.pop("event_type", "view"), **fields)
+
+
+async def count(engine: AsyncEngine, table: Any) -> int:
+    async with engine.connect() as connection:
+        found: int = (await connection.execute(select(func.count()).select_from(table))).scalar_one()
+    return found
+
+
+async def age_outbox(engine: AsyncEngine) -> None:
+    async with engine.begin() as connection:
+        await connection.execute(update(cache_outbox).values(written=cache_outbox.c.written - OVERDUE))
+
+
+async def items_of(histories: HistoryStore, user_id: str = "u") -> list[int]:
+    return list((await histories.read(user_id, POLICY)).items)
+
+
+def keys(*item_ids: str) -> list[int]:
+    return list(item_keys(item_ids))
+
+
+async def test_events_are_stored_in_the_order_of_time_then_arrival(event_log: EventLog) -> None:
+    first = [event("a", timestamp=5), event("b", timestamp=3), event("c", timestamp=5), event("d")]
+    accepted = await event_log.append(first, POLICY, NOW)
+    assert [a.status for a in accepted] == ["accepted"] * 4
+    assert len({a.event_id for a in accepted}) == 4
+    await event_log.append([event("e", timestamp=5)], POLICY, NOW)
+    stored = await event_log.history("u", 100)
+    assert [(e.item_id, e.timestamp) for e in stored] == [("b", 3), ("a", 5), ("c", 5), ("e", 5), ("d", NOW)]
+    assert [e.item_id for e in await event_log.history("u", 2)] == ["e", "d"]
+    assert await event_log.history("nobody", 5) == []
+
+
+async def test_all_fields_come_back(event_log: EventLog) -> None:
+    sent = NewEvent("e1", "u", "a", "rating", 4.5, 7, "r1", "s1")
+    assert await event_log.append([sent], POLICY, NOW) == [Accepted("e1", "accepted")]
+    [stored] = await event_log.history("u", 1)
+    assert (stored.event_id, stored.user_id, stored.item_id, stored.event_type) == ("e1", "u", "a", "rating")
+    assert (stored.value, stored.timestamp, stored.recommendation_id, stored.session_id) == (4.5, 7, "r1", "s1")
+
+
+async def test_a_retry_is_a_duplicate_even_without_a_timestamp(event_log: EventLog, engine: AsyncEngine) -> None:
+    sent = [event("a", "e1"), event("b", "e2", timestamp=3)]
+    await event_log.append(sent, POLICY, NOW)
+    again = await event_log.append([*sent, event("c", "e3"), event("c", "e3")], POLICY, NOW + 1)
+    assert [a.status for a in again] == ["duplicate", "duplicate", "accepted", "duplicate"]
+    assert await count(engine, events) == 3
+    # The same event_id of another user is another event.
+    assert (await event_log.append([event("a", "e1", "v")], POLICY, NOW))[0].status == "accepted"
+
+
+@pytest.mark.parametrize(
+    "other", [event("b", "e1"), event("a", "e1", timestamp=NOW), event("a", "e1", value=1.0)], ids=str
+)
+async def test_other_content_under_a_known_id_is_a_conflict(event_log: EventLog, other: NewEvent) -> None:
+    await event_log.append([event("a", "e1")], POLICY, NOW)
+    with pytest.raises(EventConflict) as caught:
+        await event_log.append([event("x", "new"), other, event("a", "e1")], POLICY, NOW)
+    assert caught.value.positions == [1]
+
+
+async def test_a_conflict_writes_nothing_and_names_all_positions(event_log: EventLog, engine: AsyncEngine) -> None:
+    await event_log.append([event("a", "e1")], POLICY, NOW)
+    batch = [event("x", "e2"), event("b", "e1"), event("y", "e2"), event("z", "e3"), event("c", "e1")]
+    with pytest.raises(EventConflict) as caught:
+        await event_log.append(batch, POLICY, NOW)
+    assert caught.value.positions == [1, 2, 4]
+    assert await count(engine, events) == 1
+    assert await count(engine, cache_outbox) == 1
+
+
+async def test_a_large_batch_keeps_its_order(event_log: EventLog) -> None:
+    batch = [event(f"i{n}", timestamp=1) for n in range(500)]
+    await event_log.append(batch, POLICY, NOW)
+    assert [e.item_id for e in await event_log.history("u", 1_000)] == [f"i{n}" for n in range(500)]
+
+
+async def test_an_empty_batch_is_nothing(event_log: EventLog) -> None:
+    assert await event_log.append([], POLICY, NOW) == []
+
+
+async def test_writers_at_the_same_time_agree_on_who_was_first(event_log: EventLog, engine: AsyncEngine) -> None:
+    ids = [f"e{n}" for n in range(20)]
+
+    async def write(order: Sequence[str]) -> list[Accepted]:
+        return await event_log.append([event("a", e) for e in order], POLICY, NOW)
+
+    answers = await asyncio.gather(*(write(ids if n % 2 else ids[::-1]) for n in range(8)))
+    accepted = [a.event_id for answer in answers for a in answer if a.status == "accepted"]
+    assert sorted(accepted) == sorted(ids)
+    assert await count(engine, events) == len(ids)
+
+
+async def test_the_victim_of_a_deadlock_tries_again(postgresql: PostgresServer, redis: Redis) -> None:
+    engine = create_engine(await postgresql.new_database())
+    await migrate(engine)
+    log = EventLog(engine, HistoryStore(redis, engine))
+
+    def other(event_id: str) -> dict[str, Any]:
+        return {
+            "event_id": event_id,
+            "user_id": "u",
+            "item_id": "x",
+            "event_type": "view",
+            "timestamp": 1,
+            "digest": "",
+        }
+
+    async with engine.connect() as rival:
+        await rival.execute(text("SET deadlock_timeout = '10s'"))  # so that the log's transaction is the victim
+        await rival.execute(insert(events), other("e2"))
+        writing = asyncio.create_task(log.append([event("a", "e1"), event("b", "e2")], POLICY, NOW))
+        await asyncio.sleep(0.05)  # it has e1 now, and waits for e2
+        await rival.execute(insert(events), other("e1"))
+        await rival.rollback()
+    assert [a.status for a in await writing] == ["accepted", "accepted"]
+    await engine.dispose()
+
+
+async def test_the_outbox_is_emptied_of_events_that_reached_the_cache(event_log: EventLog, engine: AsyncEngine) -> None:
+    await event_log.append([event("a"), event("b", user_id="v")], POLICY, NOW)
+    assert await count(engine, cache_outbox) == 2
+    await event_log.flush()
+    assert await count(engine, cache_outbox) == 0
+
+
+async def test_the_background_task_flushes_and_sweeps(
+    engine: AsyncEngine, histories: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.ingest.FLUSH_SECONDS", 0.01)
+    async with EventLog(engine, histories) as log:
+        await log.append([event("a")], POLICY, NOW)
+        async with asyncio.timeout(5):
+            while await count(engine, cache_outbox):  # noqa: ASYNC110 - the database sends no event
+                await asyncio.sleep(0.01)
+        await log.append([event("b")], POLICY, NOW)
+    assert await count(engine, cache_outbox) == 0  # leaving flushes
+
+
+async def test_a_commit_that_did_not_reach_the_cache_is_found_and_repaired(
+    event_log: EventLog, engine: AsyncEngine, histories: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await event_log.append([event("a")], POLICY, NOW)
+    assert await items_of(histories) == keys("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(histories, "appended", _dies)
+        with pytest.raises(RuntimeError, match="died"):
+            await event_log.append([event("b", "e2")], POLICY, NOW)
+    await event_log.flush()
+    assert await event_log.settle() == 0  # not overdue yet
+    assert await items_of(histories) == keys("a")
+    await age_outbox(engine)
+    assert await event_log.settle() == 1
+    assert await items_of(histories) == keys("a", "b")
+    assert await count(engine, cache_outbox) == 0
+
+
+async def test_a_retry_repairs_the_cache_at_once(
+    event_log: EventLog, engine: AsyncEngine, histories: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await event_log.append([event("a")], POLICY, NOW)
+    assert await items_of(histories) == keys("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(histories, "appended", _dies)
+        with pytest.raises(RuntimeError, match="died"):
+            await event_log.append([event("b", "e2")], POLICY, NOW)
+    assert (await event_log.append([event("b", "e2")], POLICY, NOW + 9))[0].status == "duplicate"
+    history = await histories.read("u", POLICY)
+    assert (list(history.items), history.source) == (keys("a", "b"), "cache")
+    await event_log.flush()
+    assert await count(engine, cache_outbox) == 0
+
+
+async def _dies(*_: Any) -> bool:
+    raise RuntimeError("the process died here")
+
+
+async def test_while_redis_is_down_events_are_accepted_and_repaired_later(
+    sqlite_engine: AsyncEngine, redis_of_test: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.history.PAUSE", 0.0)
+    client, other_client = (create_redis(redis_of_test.url, timeout=0.5) for _ in range(2))
+    histories, others = (HistoryStore(c, sqlite_engine) for c in (client, other_client))  # two workers
+    log = EventLog(sqlite_engine, histories)
+    await log.append([event("a")], POLICY, NOW)
+    assert await items_of(histories) == await items_of(others) == keys("a")
+    redis_of_test.freeze()
+    await log.append([event("b")], POLICY, NOW)
+    assert (await histories.read("u", POLICY)).source == "log"
+    await age_outbox(sqlite_engine)
+    assert await log.settle() == 0
+    assert await count(sqlite_engine, cache_outbox) == 2
+    redis_of_test.thaw()
+    assert await items_of(histories) == keys("a", "b")  # this worker knows that the entry lacks an event
+    assert await log.settle() == 2
+    assert await items_of(others) == keys("a", "b")
+    await client.aclose()
+    await other_client.aclose()
+
+
+async def test_a_missing_database_is_log_unavailable(tmp_path: Path, redis_server: RedisServer) -> None:
+    client = create_redis(redis_server.url)
+    for url in (f"sqlite:///{tmp_path / 'empty.db'}", f"postgresql://u@/db?host={tmp_path}"):
+        engine = create_engine(url)
+        log = EventLog(engine, HistoryStore(client, engine))
+        with pytest.raises(LogUnavailable):
+            await log.append([event("a")], POLICY, NOW)
+        with pytest.raises(LogUnavailable):
+            await log.history("u", 1)
+        with pytest.raises(LogUnavailable):
+            await log.settle()
+        await engine.dispose()
+    await client.aclose()
+
+
+async def test_a_lock_held_too_long_is_log_unavailable(sqlite_engine: AsyncEngine, redis: Redis) -> None:
+    log = EventLog(sqlite_engine, HistoryStore(redis, sqlite_engine))
+    async with sqlite_engine.connect() as other:
+        await other.exec_driver_sql("BEGIN IMMEDIATE")
+        async with sqlite_engine.connect() as pooled:  # the pool hands the newest connection to the log
+            await pooled.exec_driver_sql("PRAGMA busy_timeout = 20")
+        with pytest.raises(LogUnavailable, match="locked"):
+            await log.append([event("a")], POLICY, NOW)
+    assert await log.history("u", 1) == []
+
+
+async def test_a_full_disk_is_log_unavailable(sqlite_engine: AsyncEngine, redis_server: RedisServer) -> None:
+    client = create_redis(redis_server.url)
+    log = EventLog(sqlite_engine, HistoryStore(client, sqlite_engine))
+    async with sqlite_engine.connect() as connection:
+        await connection.exec_driver_sql("PRAGMA max_page_count = 1")
+    batch = [event(f"{n}" * 50) for n in range(500)]
+    with pytest.raises(LogUnavailable, match="full"):
+        await log.append(batch, POLICY, NOW)
+    assert await count(sqlite_engine, events) == 0
+    await client.aclose()
+
+
+def test_the_digest_is_over_the_fields_as_sent() -> None:
+    assert digest_of(event("a", "e1")) == digest_of(event("a", "e1"))
+    assert len(digest_of(event("a"))) == 32
+    variants = [
+        event("a", "e1"), event("a", "e1", timestamp=0), event("a", "e1", value=0.0), event("a", "e1", session_id="x"),
+        event("a", "e1", recommendation_id="x"), event("b", "e1"), event("a", "e1", event_type="skip"),
+    ]  # fmt: skip
+    assert len({digest_of(v) for v in variants}) == len(variants)

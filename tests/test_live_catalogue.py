@@ -1,0 +1,88 @@
+"""The live catalogue: rows replaced or withdrawn, and a revision that a follower can rely on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.catalogue import CatalogueUnavailable, LiveCatalogue
+from shared.catalogue import ItemChange
+from shared.database import create_engine, items
+
+
+@pytest.fixture
+def catalogue(engine: AsyncEngine) -> LiveCatalogue:
+    return LiveCatalogue(engine)
+
+
+async def test_put_replaces_the_row_and_counts_up(catalogue: LiveCatalogue) -> None:
+    assert await catalogue.get("a") is None
+    first = await catalogue.put("a", title="A", categories=("genre:x",), available_from=-5, available_until=2**50)
+    assert first == ItemChange("a", "A", ("genre:x",), -5, 2**50, False, 1)
+    assert await catalogue.get("a") == first
+    second = await catalogue.put("a", categories=(), withdrawn=True)
+    assert second == await catalogue.get("a") == ItemChange("a", None, (), None, None, True, 2)
+
+
+async def test_withdraw_keeps_the_rest_and_makes_a_row_where_needed(catalogue: LiveCatalogue) -> None:
+    await catalogue.put("a", title="A", categories=("genre:x",))
+    assert await catalogue.withdraw("a") == ItemChange("a", "A", ("genre:x",), None, None, True, 2)
+    assert await catalogue.withdraw("b") == await catalogue.get("b") == ItemChange("b", None, None, None, None, True, 3)
+
+
+async def test_fields_left_out_are_null_in_sql(catalogue: LiveCatalogue, engine: AsyncEngine) -> None:
+    await catalogue.put("a")
+    await catalogue.withdraw("b")
+    async with engine.connect() as connection:
+        query = select(func.count()).select_from(items).where(items.c.categories.is_(None))
+        assert (await connection.execute(query)).scalar_one() == 2
+
+
+async def test_changes_since_a_revision(catalogue: LiveCatalogue) -> None:
+    assert await catalogue.changes_since(0) == (0, [])
+    await catalogue.put("a")
+    b = await catalogue.put("b")
+    a = await catalogue.put("a", title="A")
+    assert await catalogue.changes_since(0) == (3, [b, a])
+    assert await catalogue.changes_since(2) == (3, [a])
+    assert await catalogue.changes_since(3) == (3, [])
+
+
+async def test_a_follower_misses_no_change_of_concurrent_writers(catalogue: LiveCatalogue) -> None:
+    followed: dict[str, ItemChange] = {}
+    revision, done = 0, False
+
+    async def follow() -> None:
+        nonlocal revision
+        while True:
+            last_look = done
+            revision, changes = await catalogue.changes_since(revision)
+            followed.update((change.item_id, change) for change in changes)
+            if last_look:
+                return
+            await asyncio.sleep(0.001)
+
+    async def write(writer: int) -> list[ItemChange]:
+        return [await catalogue.put(f"i{writer}-{n % 5}", title=f"{n}") for n in range(10)]
+
+    follower = asyncio.create_task(follow())
+    written = [change for changes in await asyncio.gather(*(write(w) for w in range(6))) for change in changes]
+    done = True
+    await follower
+    assert sorted(change.revision for change in written) == list(range(1, 61))
+    assert revision == 60
+    newest = {change.item_id: change for change in sorted(written, key=lambda change: change.revision)}
+    assert followed == newest
+
+
+async def test_a_database_that_fails_is_catalogue_unavailable(tmp_path: Path) -> None:
+    engine = create_engine(f"postgresql://u@/db?host={tmp_path}")
+    catalogue = LiveCatalogue(engine)
+    for call in (catalogue.get("a"), catalogue.put("a"), catalogue.withdraw("a"), catalogue.changes_since(0)):
+        with pytest.raises(CatalogueUnavailable):
+            await call
+    await engine.dispose()

@@ -1,0 +1,68 @@
+"""Migrations lead to exactly the tables in `shared.database`, on both dialects, and back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, inspect, select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from shared.database import (
+    SchemaError,
+    _alembic,
+    catalogue_revision,
+    check_schema,
+    create_engine,
+    metadata,
+    migrate,
+    normalise,
+)  # fmt: skip
+
+
+@pytest.fixture
+async def empty(database_url: str) -> AsyncIterator[AsyncEngine]:
+    engine = create_engine(database_url)
+    yield engine
+    await engine.dispose()
+
+
+async def test_upgrade_creates_the_metadata(empty: AsyncEngine) -> None:
+    def differences(connection: Connection) -> list[Any]:
+        options = {"compare_type": True, "compare_server_default": True}
+        return list(compare_metadata(MigrationContext.configure(connection, opts=options), metadata))
+
+    await migrate(empty)
+    async with empty.connect() as connection:
+        assert await connection.run_sync(differences) == []
+        assert (await connection.execute(select(catalogue_revision.c.revision))).scalar_one() == 0
+
+
+async def test_upgrade_again_changes_nothing(empty: AsyncEngine) -> None:
+    await migrate(empty)
+    await migrate(empty)
+    await check_schema(empty)
+
+
+async def test_downgrade_leaves_nothing_but_the_version_table(empty: AsyncEngine) -> None:
+    await migrate(empty)
+    async with empty.begin() as connection:
+        await connection.run_sync(lambda c: command.downgrade(_alembic(c), "base"))
+    async with empty.connect() as connection:
+        assert await connection.run_sync(lambda c: inspect(c).get_table_names()) == ["alembic_version"]
+    await migrate(empty)
+    await check_schema(empty)
+
+
+async def test_a_database_without_the_schema_is_refused_with_the_command_that_helps(empty: AsyncEngine) -> None:
+    with pytest.raises(SchemaError, match="python -m service migrate"):
+        await check_schema(empty)
+
+
+def test_other_databases_are_refused() -> None:
+    with pytest.raises(SchemaError, match="mysql"):
+        normalise("mysql://host/db")
