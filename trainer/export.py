@@ -107,9 +107,9 @@ def prove(encoder: Encoder, exported: OnnxEncoder, vectors: Vectors, seed: int =
         with torch.no_grad():
             wanted = encoder.query(torch.from_numpy(items), torch.from_numpy(real)).numpy()  # (PROBES, D)
         found = exported.encode(histories)
-        vector_gap = max(vector_gap, float(np.abs(wanted - found).max()))
+        vector_gap = _larger(vector_gap, wanted - found)
         for a, b in zip(wanted @ vectors.T, found @ vectors.T, strict=True):  # (N,) each
-            score_gap = max(score_gap, float(np.abs(a - b).max()))
+            score_gap = _larger(score_gap, a - b)
             changes += top_changes(a, b)
     parity = Parity(
         lengths=lengths, max_vector_difference=vector_gap, max_score_difference=score_gap, top10_changes=changes
@@ -117,6 +117,11 @@ def prove(encoder: Encoder, exported: OnnxEncoder, vectors: Vectors, seed: int =
     if not (vector_gap <= TOLERANCE and score_gap <= TOLERANCE and changes == 0):  # `not`: nan must fail too
         raise ExportError(f"torch and ONNX differ by more than {TOLERANCE}: {parity}")
     return parity
+
+
+def _larger(gap: float, difference: NDArray[np.float32]) -> float:
+    """The larger of `gap` and the largest difference; nan wins, which it does not with `max`."""
+    return float(np.maximum(gap, np.abs(difference).max()))
 
 
 def top_changes(wanted: NDArray[np.float32], found: NDArray[np.float32], k: int = 10) -> int:

@@ -9,10 +9,11 @@ from typing import Any, Final
 from sqlalchemy import Insert, Table, func, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from shared.database import catalogue_revision, check_schema, create_engine, events, items, migrate
-from trainer.sources import RawData
+from trainer.sources import RawData, UnavailableError
 
 CHUNK: Final = 2_000
 
@@ -22,14 +23,22 @@ async def seed_log(raw: RawData, url: str, say: Callable[[str], None]) -> int:
 
     An event's id is its source and row number, so a second load finds the first one's events. Items that the
     catalogue has already keep what it says. A service that runs meanwhile sees new users at once; users it has in its
-    cache are read anew when their entry expires.
+    cache are read anew when their entry expires. Raises UnavailableError, which shows no password.
     """
-    engine = create_engine(url)
+    try:
+        engine = create_engine(url)
+    except ArgumentError:
+        raise UnavailableError(
+            "the log's URL is none; write sqlite:///file.db or postgresql://user:password@host/name"
+        ) from None
     try:
         await migrate(engine)
         await check_schema(engine)
         await _seed_items(engine, raw)
         return await _seed_events(engine, raw, say)
+    except (SQLAlchemyError, OSError) as error:
+        shown = engine.url.render_as_string(hide_password=True)
+        raise UnavailableError(f"the log {shown} cannot be written: {str(error).partition(chr(10))[0]}") from None
     finally:
         await engine.dispose()
 

@@ -177,14 +177,21 @@ def fit(
     torch.set_num_threads(config.training.threads)
     data = Batches(sequences, config)
     model = SequenceModel(config, item_count, data.tokens_per_batch(), validation)
-    saver = _checkpoints(config, folder, validated=validation is not None)
+    # Lightning's own `save_last` writes only when the best epoch changes; the newest state is to be kept each epoch.
+    newest = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    best = _best_checkpoint(config, folder)
     trainer = pl.Trainer(
         default_root_dir=folder,
         max_epochs=config.training.epochs if epochs is None else epochs,
         accelerator=config.training.accelerator,
         devices=1,
         logger=TensorBoardLogger(folder, name="", version="tensorboard"),
-        callbacks=[saver, _EpochBatches(data), TQDMProgressBar(refresh_rate=10), *_stopping(config, validation)],
+        callbacks=[
+            _EpochBatches(data),
+            TQDMProgressBar(refresh_rate=10),
+            *([] if validation is None else [_stopping(config), best]),
+            newest,  # last, so that it holds what the others know of this epoch
+        ],
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         check_val_every_n_epoch=config.training.validate_every,
@@ -194,11 +201,13 @@ def fit(
     last = folder / "last.ckpt"
     checkpoint = str(last) if resume and last.is_file() else None
     ask = DataLoader([0], batch_size=1) if validation is not None else None  # type: ignore[arg-type,var-annotated]
+    # Its own generator: opening a loader must not move the one that dropout draws from.
+    rows = DataLoader(data, batch_size=None, generator=torch.Generator())
     try:
-        trainer.fit(model, DataLoader(data, batch_size=None), ask, ckpt_path=checkpoint, weights_only=False)
+        trainer.fit(model, rows, ask, ckpt_path=checkpoint, weights_only=False)
     except SystemExit:  # Lightning's answer to Ctrl+C
         raise TrainingError(f"interrupted; go on with --resume (the last epoch is in {last})") from None
-    return _best(model, trainer, saver, last)
+    return _best(model, trainer, best, last)
 
 
 def _best(model: SequenceModel, trainer: pl.Trainer, saver: ModelCheckpoint, last: Path) -> Fitted:
@@ -229,29 +238,27 @@ class _EpochBatches(Callback):
     def __init__(self, data: Batches) -> None:
         self.data = data
 
+    def on_load_checkpoint(self, _trainer: pl.Trainer, _module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # After a resume Lightning takes the first batches before it says that an epoch starts.
+        self.data.epoch = int(checkpoint["epoch"]) + 1
+
     def on_train_epoch_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         self.data.epoch = trainer.current_epoch
 
 
-def _checkpoints(config: RunConfig, folder: Path, *, validated: bool) -> ModelCheckpoint:
-    # Lightning would number a second file of the same name "last-v1"; the newest state is always last.ckpt.
-    if not validated:
-        return ModelCheckpoint(folder, filename="unused", save_top_k=0, save_last=True, enable_version_counter=False)
+def _best_checkpoint(config: RunConfig, folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(
         folder,
         filename=f"{config.model.kind}-{{epoch}}-{{{MONITOR}:.4f}}",
         monitor=MONITOR,
         mode="max",
-        save_last=True,
         enable_version_counter=False,
     )
 
 
-def _stopping(config: RunConfig, validation: Cases | None) -> list[Callback]:
-    if validation is None:
-        return []
+def _stopping(config: RunConfig) -> EarlyStopping:
     checks = max(1, config.training.patience // config.training.validate_every)
-    return [EarlyStopping(MONITOR, mode="max", patience=checks, min_delta=1e-5)]
+    return EarlyStopping(MONITOR, mode="max", patience=checks, min_delta=1e-5)
 
 
 def _quiet() -> None:

@@ -1,0 +1,163 @@
+"""`python -m service`: start everything that is missing, then the workers.
+
+python -m service            run (the default)
+python -m service migrate    bring the database to this release's schema
+python -m service settings   print all settings as a table
+python -m service openapi    print the API description
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+import orjson
+import uvicorn
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.redis_child import RedisMissing, start_redis
+from service.settings import PREFIX, Settings, markdown_table
+from shared.bundle import BundleError, current_version
+from shared.database import SchemaError, create_engine, migrate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m service", description="Upnext: what next, for a user.")
+    commands = {"run": run, "migrate": migrate_only, "settings": print_settings, "openapi": print_openapi}
+    parser.add_argument("command", nargs="?", default="run", choices=commands, help="default: run")
+    chosen = parser.parse_args(arguments).command
+    try:
+        return commands[chosen](Settings())
+    except ValidationError as error:
+        for found in error.errors():
+            say(f"{PREFIX}{'.'.join(map(str, found['loc'])).upper()}: {found['msg']}")
+    except (RedisMissing, SchemaError, SQLAlchemyError, OSError) as error:
+        say(str(error))
+    return 1
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal; stdout is for the commands that print a document."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_settings(_: Settings) -> int:
+    """All settings as a table."""
+    print(markdown_table())
+    return 0
+
+
+def print_openapi(settings: Settings) -> int:
+    """The API description."""
+    from service.main import create_app  # noqa: PLC0415 - see `run` on what may be imported when
+
+    sys.stdout.buffer.write(orjson.dumps(create_app(settings).openapi(), option=orjson.OPT_INDENT_2) + b"\n")
+    return 0
+
+
+def migrate_only(settings: Settings) -> int:
+    """Bring the schema up to date."""
+    asyncio.run(_migrate(settings.database_url))
+    say("The database has the schema of this release.")
+    return 0
+
+
+async def _migrate(url: str) -> None:
+    engine = create_engine(url)
+    try:
+        await migrate(engine)
+    finally:
+        await engine.dispose()
+
+
+def run(settings: Settings) -> int:
+    """Start Redis where none is set, migrate, and run the workers until SIGINT or SIGTERM.
+
+    `service.main` is not imported here: workers are processes of their own, and prometheus_client looks for its
+    folder when it is imported.
+    """
+    refuse_taken_port(settings.host, settings.port)
+    signal.signal(signal.SIGTERM, _stop)
+    with ExitStack() as stack:
+        try:
+            if settings.redis_url is None:
+                os.environ[f"{PREFIX}REDIS_URL"] = stack.enter_context(start_redis())
+            metrics = stack.enter_context(tempfile.TemporaryDirectory(prefix="upnext-metrics-"))
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
+            asyncio.run(_migrate(settings.database_url))
+            greet(settings)
+            serve(settings)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            # What is left to stop is stopped in order, however often somebody presses Ctrl-C.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    say("Stopped.")
+    return 0
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Raise OSError that names the setting, before anything was started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"Cannot listen on {host}:{port}: {error.strerror}. Set {PREFIX}PORT (or {PREFIX}HOST) to another one."
+            ) from error
+
+
+def greet(settings: Settings) -> None:
+    """Where things are, for the person who has just started it."""
+    here = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 - compared, not bound
+    here = f"http://[{here}]:{settings.port}" if ":" in here else f"http://{here}:{settings.port}"
+    try:
+        version = current_version(settings.bundles)
+    except BundleError as error:
+        version = f"unusable: {error}"
+    publish = f"none in {settings.bundles}/ yet: python -m trainer run (it goes live without a restart)"
+    redis = "its own, for this run" if settings.redis_url is None else "as set"
+    say(f"Upnext   {here}/docs   (API {here}, Ctrl-C stops it)")
+    say(f"Bundle   {version or publish}")
+    say(f"Redis    {redis}; workers: {settings.workers}")
+
+
+def serve(settings: Settings) -> None:
+    """The workers; returns when they have stopped."""
+    from service.telemetry import logging_config  # noqa: PLC0415 - after PROMETHEUS_MULTIPROC_DIR is set
+
+    uvicorn.run(
+        "service.main:create_app",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,  # the service writes its own line for each request
+        server_header=False,
+        log_config=logging_config(settings.log_level),
+        timeout_graceful_shutdown=10,
+    )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path.cwd()))
+    sys.exit(main())

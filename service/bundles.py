@@ -1,0 +1,219 @@
+"""The live bundle with the live catalogue on top.
+
+Two things change while a worker runs: `CURRENT` names another bundle, and items change. Both end in one reference
+being replaced, so a request that took hold of a `Serving` keeps one numbering to its end:
+
+    Live.serving ──► Serving(bundle, availability)      a new bundle: a new Serving
+                                     └── replaced        a changed item: a new Availability in the same Serving
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.catalogue import CatalogueUnavailable, LiveCatalogue
+from service.errors import CatalogueDown, NoBundle, UnknownModel
+from service.settings import Settings
+from service.telemetry import Metrics
+from shared.bundle import CURRENT, Bundle, BundleError, Model, current_version
+from shared.catalogue import Availability, ItemChange
+from shared.database import SchemaError, check_schema
+from shared.events import HistoryPolicy, ItemId, ItemIndex
+from shared.retrieval import Mode, Scope
+from shared.times import now, render_bound
+
+log = logging.getLogger(__name__)
+
+HOW_TO_PUBLISH = "train and publish one: python -m trainer run"
+
+
+_rendered = lru_cache(maxsize=1 << 16)(render_bound)  # ten a request, at 8 us each
+
+
+class Serving:
+    """One bundle, and its items as they are now."""
+
+    def __init__(self, bundle: Bundle, changes: Iterable[ItemChange]) -> None:
+        self.bundle = bundle
+        self.availability = Availability.of(bundle.catalogue)
+        self._titles: dict[ItemId, str] = {}
+        self.apply(changes)
+
+    def apply(self, changes: Iterable[ItemChange]) -> None:
+        """Put item changes in force, for every request from here on."""
+        changes = list(changes)
+        if not changes:
+            return
+        for change in changes:
+            self._titles.pop(change.item_id, None)
+            if change.title is not None:
+                self._titles[change.item_id] = change.title
+        self.availability = self.availability.changed(self.bundle.catalogue, changes)
+
+    def describe(self, index: ItemIndex) -> tuple[ItemId, str | None, str | None]:
+        """Item id, title and `available_from` (RFC 3339, None when open) of an item index."""
+        item = self.bundle.catalogue[index]
+        title = self._titles.get(item.item_id, item.title)
+        return item.item_id, title, _rendered(int(self.availability.available_from[index]))
+
+    def model(self, name: str | None, preferred: str | None) -> Model:
+        """The model asked for; without a name the preferred one if the bundle has it, else the bundle's default."""
+        models = self.bundle.models
+        if name is None:
+            name = preferred if preferred and preferred in models else self.bundle.manifest.default_model
+        if name not in models:
+            raise UnknownModel(
+                f"There is no model {name!r} in the live bundle; there are: {', '.join(sorted(models))}."
+            )
+        return models[name]
+
+
+class Live:
+    """Follows `CURRENT` and the live catalogue while it is entered."""
+
+    def __init__(self, settings: Settings, catalogue: LiveCatalogue, metrics: Metrics) -> None:
+        self.settings, self.catalogue, self.metrics = settings, catalogue, metrics
+        self.serving: Serving | None = None
+        # Why the published bundle is not the live one; None when it is.
+        self.bundle_failure: str | None = f"{settings.bundles / CURRENT} does not exist"
+        self.catalogue_failure: str | None = "the catalogue was not read yet"
+        self.revision = 0  # all changes up to here are in force
+        self.catalogue_read = False  # at least once
+        self._changes: dict[ItemId, ItemChange] = {}  # newest change of each item, for the next bundle
+        self._attempted: str | None = None  # what CURRENT held when it was last acted on
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Live:
+        await self.follow_catalogue()
+        await self.follow_bundle()
+        self._tasks = [
+            asyncio.create_task(_repeat(self.follow_catalogue, self.settings.catalogue_poll_seconds)),
+            asyncio.create_task(_repeat(self.follow_bundle, self.settings.bundle_poll_seconds)),
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def policy(self) -> HistoryPolicy:
+        """The live bundle's history policy; the usual one while there is no bundle."""
+        return self.serving.bundle.policy if self.serving else HistoryPolicy()
+
+    def now_serving(self) -> Serving:
+        """What answers requests. Raises NoBundle, or CatalogueDown before the live catalogue was ever read.
+
+        A catalogue that was read once and is out of reach now stays in force as it was.
+        """
+        if self.serving is None:
+            raise NoBundle(f"No bundle is loaded: {self.bundle_failure}; {HOW_TO_PUBLISH}")
+        if not self.catalogue_read:
+            raise CatalogueDown(f"Withdrawn items are not known yet: {self.catalogue_failure}")
+        return self.serving
+
+    def knows(self, item_id: ItemId) -> bool:
+        """Whether the live bundle or the live catalogue has the item."""
+        return item_id in self._changes or (
+            self.serving is not None and item_id in self.serving.bundle.catalogue.index_by_id
+        )
+
+    def apply(self, changes: Iterable[ItemChange]) -> None:
+        """Put changes in force here; those that are in force already, or older, are passed over."""
+        fresh = [c for c in changes if (held := self._changes.get(c.item_id)) is None or held.revision < c.revision]
+        self._changes.update((c.item_id, c) for c in fresh)
+        if self.serving:
+            self.serving.apply(fresh)
+
+    async def follow_catalogue(self) -> None:
+        """Fetch and apply what changed since the last time."""
+        try:
+            if not self.catalogue_read:
+                await check_schema(self.catalogue.engine)
+            revision, changes = await self.catalogue.changes_since(self.revision)
+        except (CatalogueUnavailable, SchemaError, SQLAlchemyError, OSError) as error:
+            reason = str(error) if isinstance(error, SchemaError) else "the database cannot be read"
+            if self.catalogue_failure != reason:  # once, not with every try
+                log.warning("the live catalogue cannot be read: %s", error)
+            self.catalogue_failure = reason
+            return
+        self.apply(changes)
+        self.revision, self.catalogue_read, self.catalogue_failure = revision, True, None
+        self.metrics.catalogue_revision.set(revision)
+
+    async def follow_bundle(self) -> None:
+        """Load what CURRENT names, if that is news. A bundle that cannot be served leaves the old one live."""
+        folder = self.settings.bundles
+        try:
+            version = await asyncio.to_thread(current_version, folder)
+        except BundleError as error:
+            if self._attempted != str(error):
+                self._failed(str(error), error)
+            return
+        if version == self._attempted:
+            return
+        self._attempted = version
+        if version is None or (self.serving and version == self.serving.bundle.version):
+            self.bundle_failure = None if version else f"{folder / CURRENT} does not exist"
+            return
+        held = dict(self._changes)
+        try:
+            serving = await asyncio.to_thread(_load, folder / version, self.settings.retrieval, held)
+        except Exception as error:  # whatever is wrong with it, the old one is better than none
+            self._failed(version, error)
+            return
+        # Changes that came while it was loading; the awaits are over, so none can slip in between.
+        serving.apply(c for i, c in self._changes.items() if held.get(i) is not c)
+        self.serving, self.bundle_failure = serving, None
+        self.metrics.bundle_loaded.set(time.time())
+        log.info("bundle is live", extra={"fields": {"version": version}})
+
+    def _failed(self, attempted: str, error: Exception) -> None:
+        self._attempted, self.bundle_failure = attempted, str(error) or type(error).__name__
+        self.metrics.load_failures.inc()
+        log.error("bundle cannot be served: %s", self.bundle_failure)
+
+
+def _load(path: Path, mode: Mode, changes: Mapping[ItemId, ItemChange]) -> Serving:
+    serving = Serving(Bundle.load(path, mode), changes.values())
+    if serving.bundle.version != path.name:
+        raise BundleError(f"{path}: the manifest says it is version {serving.bundle.version!r}")
+    _warm(serving)
+    return serving
+
+
+def _warm(serving: Serving) -> None:
+    """Run every model once at every length, so that no request pays for first-time allocations."""
+    bundle = serving.bundle
+    bundle.catalogue.indices_of_keys(bundle.catalogue.keys[:1])
+    bundle.popularity.fallback(now())
+    scope = Scope(serving.availability, now(), np.zeros(0, np.int64))
+    for model in bundle.models.values():
+        spec = model.info.encoder
+        longest = spec.max_length - (spec.mask is not None)
+        for length in {min(bucket, longest) for bucket in spec.buckets} | {longest}:
+            (query,) = model.encoder.encode([np.ones(length, np.int64)])
+        if not np.isfinite(query).all():
+            raise BundleError(f"{bundle.path}: {model.name} answers with numbers that are not finite")
+        model.retriever.retrieve(query, 10, scope)
+
+
+async def _repeat(step: Callable[[], Awaitable[None]], seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await step()
+        except Exception:  # a follower that dies would leave the worker on old data for ever
+            log.exception("a background step failed; next try in %s s", seconds)

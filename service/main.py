@@ -1,0 +1,111 @@
+"""The application: `create_app`, and the lifespan that builds and closes everything it uses.
+
+Importable by uvicorn as a factory: `uvicorn --factory service.main:create_app`. `python -m service` does that, and
+starts what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+
+from service import errors
+from service.answers import Problem
+from service.bundles import Live
+from service.catalogue import LiveCatalogue
+from service.history import HistoryStore, create_redis
+from service.ingest import EventLog
+from service.recommend import Recommender
+from service.routes import events, items, operations, recommend
+from service.routes.dependencies import Services
+from service.settings import Settings
+from service.telemetry import Metrics, Telemetry
+from service.version import VERSION
+from shared.database import create_engine
+
+DESCRIPTION: Final = """
+What next, for a user, from the order of what they did.
+
+1. Tell what users do with `POST /events`.
+2. Ask `GET /recommend/{user_id}`: items that exist, that the user has not seen, best first.
+3. Keep items up to date with `PUT /items/{item_id}`; a withdrawn item is gone from all answers at once.
+
+**Ids** are your own strings of `A-Z a-z 0-9 _ . : @ + = ~ | -`, up to 256 characters.
+**Times** are RFC 3339 with an offset, `2026-11-21T10:00:00Z`; a time without one is an error.
+**Unknown parameters and fields** are errors, never silently ignored.
+**Errors** are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) `application/problem+json` with a stable `type`;
+a 503 says in `Retry-After` when to come back. Every response carries `X-Request-Id`: send your own, or use ours
+when you report a problem. `Server-Timing` tells where the time went.
+"""
+
+TAGS: Final = [
+    {"name": "recommendations", "description": "What next?"},
+    {"name": "events", "description": "What users did. Stored durably before the answer, seen by the next request."},
+    {"name": "catalogue", "description": "Items: what they are called, and when they exist."},
+    {"name": "operations", "description": "For those who run the service."},
+]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application for `settings` (of the environment by default). Nothing is opened before its lifespan."""
+    settings = settings or Settings()
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with services_for(settings, metrics) as services:
+            app.state.services = services
+            yield
+
+    app: FastAPI = FastAPIOffline(
+        title="Upnext",
+        version=VERSION,
+        summary="Sequential recommendations",
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    for module in (recommend, events, items, operations):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(Telemetry, metrics=metrics)
+    _describe_problems(app)
+    return app
+
+
+@asynccontextmanager
+async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
+    """Everything that endpoints use, opened in the order of need and closed in reverse."""
+    if settings.redis_url is None:
+        raise RuntimeError(
+            "UPNEXT_REDIS_URL is not set; start with `python -m service`, which brings a Redis, or set it"
+        )
+    async with AsyncExitStack() as stack:
+        engine = create_engine(settings.database_url)
+        stack.push_async_callback(engine.dispose)
+        redis = create_redis(settings.redis_url)
+        stack.push_async_callback(redis.aclose)
+        histories = HistoryStore(redis, engine)
+        log = await stack.enter_async_context(EventLog(engine, histories))
+        catalogue = LiveCatalogue(engine)
+        live = await stack.enter_async_context(Live(settings, catalogue, metrics))
+        recommender = Recommender(live, histories, candidates=settings.candidates, default_model=settings.default_model)
+        yield Services(live, recommender, histories, log, catalogue, metrics)
+
+
+def _describe_problems(app: FastAPI) -> None:
+    """Put the form of all errors into the OpenAPI document, where every route's errors refer to it."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"].update(schema.pop("$defs"), Problem=schema)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

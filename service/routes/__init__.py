@@ -1,0 +1,1 @@
+"""The HTTP side: parse, call, render. One module a noun."""

@@ -1,0 +1,294 @@
+"""What goes in over HTTP: parameters and bodies, which forbid fields that do not exist. See answers.py for the rest."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from service.recommend import Brought, Question
+from shared import times
+from shared.events import ID_PATTERN
+
+MAX_N: Final = 100
+MAX_EXCLUDE: Final = 100
+MAX_CANDIDATES: Final = 1_000
+MAX_HISTORY: Final = 1_000
+MAX_EVENTS: Final = 500
+_FIRST, _LAST = (times.of_datetime(bound.replace(tzinfo=UTC)) for bound in (datetime.min, datetime.max))
+
+
+def _not_dots(text: str) -> str:
+    if text in (".", ".."):
+        raise ValueError('"." and ".." cannot be ids: they vanish from URLs')
+    return text
+
+
+def _parse_time(value: object) -> int:
+    if not isinstance(value, str):
+        raise ValueError("write a time as text: 2026-11-21T10:00:00Z")
+    try:
+        moment = times.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; in a URL, write + as %2B" if " " in value else str(error)) from None
+    if not _FIRST <= moment <= _LAST:
+        raise ValueError("the time is outside the years 1 to 9999, UTC")
+    return moment
+
+
+def _parse_as_of(value: object) -> object:
+    return value if value == "last_event" else _parse_time(value)
+
+
+def _strings(values: object) -> object:
+    """Categories as a list of "field:value", also from {"field": ["value", ...]}."""
+    if not isinstance(values, dict):
+        return values
+    if not all(isinstance(v, list) and all(isinstance(value, str) for value in v) for v in values.values()):
+        raise ValueError('write {"genre": ["Comedy", "Drama"]} or ["genre:Comedy", "genre:Drama"]')
+    return [f"{name}:{value}" for name, listed in values.items() for value in listed]
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("the character NUL cannot be stored")
+    return text
+
+
+def _category(text: str) -> str:
+    name, _, value = text.partition(":")
+    if not name or not value:
+        raise ValueError('a category is "field:value", for instance "genre:Comedy"')
+    return text
+
+
+Id = Annotated[str, Field(pattern=ID_PATTERN), AfterValidator(_not_dots)]
+Time = Annotated[
+    int,
+    BeforeValidator(_parse_time),
+    WithJsonSchema({"type": "string", "format": "date-time", "examples": ["2026-11-21T10:00:00Z"]}),
+]
+AsOfField = Annotated[
+    int | Literal["last_event"],
+    BeforeValidator(_parse_as_of),
+    WithJsonSchema({"type": "string", "examples": ["2026-11-21T10:00:00Z", "last_event"]}),
+]
+Category = Annotated[str, Field(max_length=256), AfterValidator(_storable), AfterValidator(_category)]
+
+_AS_OF = (
+    "Answer as of this time (RFC 3339 with offset): only items that exist then, only events up to then. `last_event` "
+    "means the time of the user's newest event. Absent: items of now, and the whole history."
+)
+
+
+class Strict(BaseModel):
+    """Fields that do not exist are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NoParameters(Strict):
+    """For routes without query parameters."""
+
+
+# --- recommendations ----------------------------------------------------------------------------------
+
+
+class _Wishes(Strict):
+    model: str | None = Field(None, max_length=64, description="A model of the live bundle. Absent: the default one.")
+    n: int = Field(10, ge=1, le=MAX_N, description="How many items. Fewer come back only when fewer are permitted.")
+    as_of: AsOfField | None = Field(None, description=_AS_OF)
+    exclude_seen: bool = Field(True, description="Leave out everything in the user's history, however long ago.")
+    exclude: list[Id] = Field(default=[], max_length=MAX_EXCLUDE, description="Item ids to leave out; repeatable.")
+
+
+class RecommendParameters(_Wishes):
+    """The query of `GET /recommend/{user_id}`."""
+
+    require_seen: bool = Field(
+        False, description="Rather a 503 than an answer that could not leave out seen items, when histories are down."
+    )
+
+    def question(self, user_id: str) -> Question:
+        """As the domain has it."""
+        return Question(
+            user_id=user_id,
+            model=self.model,
+            n=self.n,
+            as_of=self.as_of,
+            exclude_seen=self.exclude_seen,
+            require_seen=self.require_seen,
+            exclude=self.exclude,
+        )
+
+
+class HistoryEntry(Strict):
+    """One place of a history that the caller brings, with its time."""
+
+    item_id: Id
+    timestamp: Time
+
+
+def _ids_or_entries(history: Any) -> str:
+    return "entries" if isinstance(history, list) and history and not isinstance(history[0], str) else "ids"
+
+
+class RecommendBody(_Wishes):
+    """The body of `POST /recommend`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"history": ["1", "318", "260"], "n": 5},
+                {"history": [{"item_id": "1", "timestamp": "2026-11-21T10:00:00Z"}], "as_of": "last_event"},
+                {"history": ["1"], "candidates": ["318", "260", "50"], "model": "sasrec"},
+            ]
+        }
+    )
+
+    history: Annotated[
+        Annotated[list[Id], Field(max_length=MAX_HISTORY), Tag("ids")]
+        | Annotated[list[HistoryEntry], Field(max_length=MAX_HISTORY), Tag("entries")],
+        Discriminator(_ids_or_entries),
+    ] = Field(
+        description="Item ids, oldest first; or ids with timestamps on all, sorted here (stable on ties).",
+    )
+    candidates: list[Id] | None = Field(
+        None,
+        max_length=MAX_CANDIDATES,
+        description="Rank these items alone. Those that the bundle does not know, that do not exist at `as_of`, or "
+        "that are excluded or seen do not come back.",
+    )
+
+    @field_validator("history", mode="before")
+    @classmethod
+    def _timestamps_on_all_or_none(cls, history: Any) -> Any:
+        if isinstance(history, list) and len({isinstance(entry, str) for entry in history}) > 1:
+            raise ValueError("put timestamps on all entries or on none")
+        return history
+
+    def question(self) -> Question:
+        """As the domain has it."""
+        ids = [e if isinstance(e, str) else e.item_id for e in self.history]
+        stamps = [e.timestamp for e in self.history if isinstance(e, HistoryEntry)]
+        return Question(
+            brought=Brought(ids, stamps or None),
+            model=self.model,
+            n=self.n,
+            as_of=self.as_of,
+            exclude_seen=self.exclude_seen,
+            exclude=self.exclude,
+            candidates=self.candidates,
+        )
+
+
+# --- events -------------------------------------------------------------------------------------------
+
+EXAMPLE_EVENT: Final[dict[str, JsonValue]] = {
+    "event_id": "c0a8f1",
+    "user_id": "42",
+    "item_id": "318",
+    "event_type": "view",
+    "value": 4.0,
+    "timestamp": "2026-11-21T10:00:00Z",
+    "recommendation_id": "019aa5f2-7f6c-7c3e-8d0b-5a8c1f0e9b11",
+    "session_id": "s1",
+}
+
+
+class EventBody(Strict):
+    """One event."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_EVENT]})
+
+    event_id: Id | None = Field(None, description="Makes a retry safe. Absent: a new event each time.")
+    user_id: Id
+    item_id: Id
+    event_type: str = Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="For instance view, like, purchase.")
+    value: float | None = Field(None, strict=True, allow_inf_nan=False, description="For instance a rating.")
+    timestamp: Time | None = Field(None, description="When it happened; absent: now. At most 5 s in the future.")
+    recommendation_id: Id | None = Field(None, description="The answer that led to the event.")
+    session_id: Id | None = None
+
+
+class EventsBody(Strict):
+    """Several events; all are stored or none."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"events": [EXAMPLE_EVENT]}]})
+
+    events: list[EventBody] = Field(min_length=1, max_length=MAX_EVENTS)
+
+
+def _one_or_many(body: Any) -> str:
+    return "many" if isinstance(body, EventsBody) or (isinstance(body, dict) and "events" in body) else "one"
+
+
+EventOrEvents = Annotated[
+    Annotated[EventBody, Tag("one")] | Annotated[EventsBody, Tag("many")], Discriminator(_one_or_many)
+]
+
+
+class HistoryParameters(Strict):
+    """The query of `GET /users/{user_id}/history`."""
+
+    limit: int = Field(100, ge=1, le=1000, description="How many of the newest events.")
+
+
+# --- items --------------------------------------------------------------------------------------------
+
+
+class ItemBody(Strict):
+    """What is to hold for an item. A field that is absent or null leaves what the bundle says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "title": "Heat",
+                    "categories": ["genre:Action", "genre:Crime"],
+                    "available_from": "1995-12-15T00:00:00Z",
+                },
+                {"categories": {"genre": ["Action", "Crime"]}, "available_until": "2027-01-01T00:00:00Z"},
+            ]
+        }
+    )
+
+    title: Annotated[str, Field(max_length=1000), AfterValidator(_storable)] | None = None
+    categories: (
+        Annotated[
+            list[Category],
+            Field(max_length=100),
+            BeforeValidator(_strings),
+            WithJsonSchema(
+                {
+                    "anyOf": [
+                        {"type": "array", "items": {"type": "string"}},
+                        {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
+                    ]
+                }
+            ),
+        ]
+        | None
+    ) = Field(None, description='["genre:Comedy"] or {"genre": ["Comedy"]}.')
+    available_from: Time | None = Field(None, description="Inclusive.")
+    available_until: Time | None = Field(None, description="Exclusive.")
+    withdrawn: bool = Field(False, strict=True, description="Not to be returned at any time until this is false again.")
+
+    @model_validator(mode="after")
+    def _interval(self) -> ItemBody:
+        if None not in (self.available_from, self.available_until) and self.available_from >= self.available_until:  # type: ignore[operator]
+            raise ValueError("available_until must lie after available_from")
+        return self

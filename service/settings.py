@@ -1,0 +1,59 @@
+"""All settings of the service: environment variables with the prefix UPNEXT_, or fields in tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.retrieval import Mode
+
+PREFIX = "UPNEXT_"
+
+
+class Settings(BaseSettings):
+    """Read once at start; with nothing set, everything runs on one machine."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` for all.")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    workers: int = Field(1, ge=1, le=64, description="Worker processes; each one uses a core and holds the models.")
+    bundles: Path = Field(Path("bundles"), description="Folder in which the trainer publishes bundles.")
+    database_url: str = Field(
+        "sqlite:///var/upnext.db",
+        description="Event log and live catalogue: `sqlite:///file` or `postgresql://user:password@host/name`.",
+    )
+    redis_url: str | None = Field(
+        None,
+        description="History cache: `redis://host:6379`. Unset, `python -m service` starts a Redis of its own.",
+    )
+    default_model: str | None = Field(
+        None, description="Model that answers when a request names none. Unset, or not in the bundle: the bundle's own."
+    )
+    retrieval: Mode = Field(
+        Mode.AUTO, description="Search path: `auto` picks by catalogue size, `exact` and `hnsw` force one."
+    )
+    candidates: int = Field(
+        200, ge=1, le=2000, description="Items retrieved for a request before the final gate and ranking; at least `n`."
+    )
+    bundle_poll_seconds: float = Field(
+        2.0, gt=0, le=3600, description="How often a worker looks whether a new bundle was published."
+    )
+    catalogue_poll_seconds: float = Field(
+        0.5, gt=0, le=60, description="How often a worker fetches item changes that other workers have taken."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log lines written; `warning` leaves out the line for each request."
+    )
+
+
+def markdown_table() -> str:
+    """The settings as the table that the README shows."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "unset" if field.default is None else f"`{field.default}`"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {field.description} |")
+    return "\n".join(rows)

@@ -1,0 +1,241 @@
+"""What a request took and how it ended: each stage is timed once, and feeds header, histogram and log line.
+
+`Server-Timing: read;dur=0.4, encode;dur=0.2, retrieve;dur=0.1;desc="exact", ...` durations in milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ServiceError, problem
+from shared.events import is_id
+
+log = logging.getLogger(__name__)
+
+MAX_BODY: Final = 1 << 20  # bytes
+_BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+def uuid7() -> str:
+    """A UUID that sorts by time (RFC 9562, 5.7): 48 bits of milliseconds, version, 74 random bits."""
+    value = (time.time_ns() // 1_000_000 << 80) | int.from_bytes(os.urandom(10))
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(3 << 62) | 2 << 62
+    return str(uuid.UUID(int=value))
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one request tells about itself, filled on its way down, written when the response starts."""
+
+    request_id: str
+    started: float = field(default_factory=time.perf_counter)
+    stages: dict[str, float] = field(default_factory=dict)  # name -> seconds
+    path: str | None = None  # which retrieval path found the candidates
+    model_version: str | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = time.perf_counter() - start
+
+    def server_timing(self) -> str:
+        """The header's value."""
+        parts = [f"{name};dur={seconds * 1000:.3f}" for name, seconds in self.stages.items()]
+        if self.path:
+            parts = [p + f';desc="{self.path}"' if p.startswith("retrieve;") else p for p in parts]
+        parts.append(f"total;dur={(time.perf_counter() - self.started) * 1000:.3f}")
+        return ", ".join(parts)
+
+
+def trace_of(request: Request) -> Trace:
+    """The trace of the request at hand."""
+    trace = request.scope["upnext.trace"]
+    assert isinstance(trace, Trace)  # noqa: S101 - put there by Telemetry below
+    return trace
+
+
+class Metrics:
+    """All Prometheus metrics of a worker. With PROMETHEUS_MULTIPROC_DIR set, `render` adds up all workers."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Histogram(
+            "upnext_request_seconds", "Time to answer.", ["method", "route", "status"],
+            buckets=_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.stages = Histogram(
+            "upnext_stage_seconds", "Time in one stage of a request.", ["stage"], buckets=_BUCKETS, registry=registry
+        )
+        self.recommendations = Counter(
+            "upnext_recommendations_total", "Answers, by how they came about.",
+            ["model", "strategy", "history_source"], registry=registry,
+        )  # fmt: skip
+        self.retrievals = Counter(
+            "upnext_retrievals_total", "Searches, by the path that answered.", ["path"], registry=registry
+        )
+        self.events = Counter("upnext_events_total", "Events taken, by outcome.", ["status"], registry=registry)
+        self.load_failures = Counter(
+            "upnext_bundle_load_failures_total", "Published bundles that could not be served.", registry=registry
+        )
+        self.bundle_loaded = Gauge(
+            "upnext_bundle_loaded_timestamp_seconds", "When the newest bundle of any worker went live.",
+            registry=registry, multiprocess_mode="max",
+        )  # fmt: skip
+        self.catalogue_revision = Gauge(
+            "upnext_catalogue_revision", "Revision of the live catalogue that the slowest worker follows.",
+            registry=registry, multiprocess_mode="livemin",
+        )  # fmt: skip
+
+    def render(self) -> bytes:
+        """The text format."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)
+
+    def finished(self, trace: Trace, method: str, route: str, status: int) -> None:
+        """Count one finished request."""
+        for name, seconds in trace.stages.items():
+            self.stages.labels(name).observe(seconds)
+        if trace.path:
+            self.retrievals.labels(trace.path).inc()
+        self.requests.labels(method, route, str(status)).observe(time.perf_counter() - trace.started)
+
+
+class Telemetry:
+    """ASGI middleware: request id, headers, metrics, the log line, the body limit, and the last resort for errors.
+
+    Plain ASGI because starlette's BaseHTTPMiddleware runs each request in a task of its own.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        trace = scope["upnext.trace"] = Trace(_request_id(scope))
+        status = 0
+
+        async def traced(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *_headers(trace)]
+            await send(message)
+
+        try:
+            await self.app(scope, limited(scope, receive), traced)
+        except Exception:
+            log.exception("unexpected error", extra={"fields": {"request_id": trace.request_id}})
+            if status:  # the head is out: nothing honest can follow it
+                raise
+            await problem(ServiceError(), scope["path"])(scope, receive, traced)
+        finally:
+            self._finish(scope, trace, status)
+
+    def _finish(self, scope: Scope, trace: Trace, status: int) -> None:
+        # The template, not the path: ids do not belong in labels, and paths of unknown routes are anybody's.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self.metrics.finished(trace, scope["method"] if route != "unmatched" else "-", route, status)
+        if log.isEnabledFor(logging.INFO):
+            fields: dict[str, Any] = {
+                "request_id": trace.request_id,
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "ms": round((time.perf_counter() - trace.started) * 1000, 3),
+                "stages": {name: round(seconds * 1000, 3) for name, seconds in trace.stages.items()},
+            }
+            if trace.path:
+                fields["retrieval"] = trace.path
+            log.info("request", extra={"fields": fields})
+
+
+def limited(scope: Scope, receive: Receive) -> Receive:
+    """`receive` that refuses bodies over the limit, declared or not, before they are read to the end."""
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    left = MAX_BODY - (int(declared) if declared.isdigit() and int(declared) > MAX_BODY else 0)
+
+    async def counting() -> Message:
+        nonlocal left
+        if left < 0:
+            raise _too_large()
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise _too_large()
+        return message
+
+    return counting
+
+
+def _too_large() -> HTTPException:
+    # The framework's own type: it passes through FastAPI's reading of the body, which hides others behind a 400.
+    return HTTPException(413, "The body is larger than 1 MiB.")
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's X-Request-Id if it is an id at all, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and len(value) <= 128 and is_id(text := value.decode("latin-1")):
+            return str(text)
+    return uuid7()
+
+
+def _headers(trace: Trace) -> list[tuple[bytes, bytes]]:
+    headers = [(b"x-request-id", trace.request_id.encode()), (b"server-timing", trace.server_timing().encode())]
+    if trace.model_version:
+        headers.append((b"x-model-version", trace.model_version.encode()))
+    return headers
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line, so that nothing a client sends can break or forge a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`record` as JSON; `extra={"fields": {...}}` adds fields."""
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage().encode("utf-8", "replace").decode(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info).encode("utf-8", "replace").decode()
+        return orjson.dumps(line).decode()
+
+
+def logging_config(level: str) -> dict[str, Any]:
+    """For `logging.config.dictConfig`: our own lines at `level`, the libraries' warnings, as JSON to stderr."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"json": {"()": "service.telemetry.JsonLines"}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
+        "root": {"level": "WARNING", "handlers": ["stderr"]},
+        "loggers": {name: {"level": level.upper()} for name in ("service", "shared")},
+    }

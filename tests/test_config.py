@@ -1,0 +1,131 @@
+"""Settings: presets, overrides, and messages that name what to write instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trained import config
+from trainer.config import PRESETS, ConfigError, RunConfig, load_config, preset_names
+from trainer.pipeline import Run, one_data
+
+MINE = """
+name: mine
+data:
+  source: {kind: files, events: e.csv, columns: {user: u, item: i}}
+model: {kind: sasrec}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    file = tmp_path / "mine.yaml"
+    file.write_text(MINE)
+    return str(file)
+
+
+def refusal(preset: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(preset, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads(name: str) -> None:
+    found = load_config(name)
+    assert RunConfig.model_validate(found.model_dump(mode="json")) == found
+
+
+def test_there_are_presets() -> None:
+    assert preset_names()
+    assert {f.stem for f in PRESETS.iterdir() if f.suffix == ".yaml"} == set(preset_names())
+
+
+def test_overrides_are_typed(mine: str) -> None:
+    found = load_config(
+        mine,
+        ["training.lr=3e-4", "model.blocks=3", "publish.refit=false", "data.history.minimum_value=4",
+         "data.history.sequence_types=[view,like]", "name=other"],
+    )  # fmt: skip
+    assert (found.training.lr, found.model.blocks, found.publish.refit, found.name) == (3e-4, 3, False, "other")
+    assert found.data.history.minimum_value == 4.0
+    assert found.data.history.sequence_types == ("view", "like")
+
+
+def test_an_override_leaves_its_neighbours_as_the_file_has_them(mine: str) -> None:
+    before, after = load_config(mine), load_config(mine, ["model.heads=2"])
+    assert after.model.model_dump() == {**before.model.model_dump(), "heads": 2}
+    assert after.data == before.data
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.hiden_units=64", "model.hiden_units: unknown key; did you mean model.hidden_units?"),
+        ("trainning.lr=0.1", "trainning: unknown key; did you mean training?"),
+        ("data.source.evnts=x", "data.source.evnts: unknown key; did you mean data.source.events?"),
+        ("data.history.minimum=4", "data.history.minimum: unknown key; did you mean data.history.minimum_value?"),
+        ("index.zzz=1", "index.zzz: unknown key; there are ef, ef_construction, m"),
+        ("training.lr=fast", "training.lr: Input should be a valid number"),
+        ("training.epochs=2.5", "training.epochs: "),
+        ("model.dropout=1", "model.dropout: Input should be less than 1"),
+        ("model.max_length=500", "model.max_length: "),
+        ("model.kind=gru", "model.kind: "),
+        ("model.heads=3", "model.heads 3 does not divide hidden_units 64"),
+        ("name=My Model", "name: "),
+        ("data.source.kind=nosuch", "data.source: "),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_nearest_right_one(mine: str, override: str, said: str) -> None:
+    assert said in refusal(mine, override)
+
+
+def test_all_wrong_settings_are_named_at_once(mine: str) -> None:
+    said = refusal(mine, "model.blocks=0", "training.patience=0")
+    assert "model.blocks: " in said
+    assert "training.patience: " in said
+
+
+@pytest.mark.parametrize("text", ["name: [", "a: b: c", "{", "\t- x"])
+def test_bad_yaml_names_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    said = refusal(str(file))
+    assert "bad.yaml" in said
+    assert "not readable as YAML" in said
+
+
+@pytest.mark.parametrize("text", ["", "- name: x", "just words"])
+def test_yaml_of_another_shape_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    assert "odd.yaml" in refusal(str(file))
+
+
+def test_an_unknown_preset_names_the_nearest_and_all_others() -> None:
+    said = refusal("sasrec-quik")
+    assert "did you mean sasrec-quick?" in said
+    assert all(name in said for name in preset_names())
+    assert "no preset 'missing.yaml'" in refusal("missing.yaml")
+
+
+def test_models_that_differ_in_data_cannot_share_a_bundle() -> None:
+    other = config("bert4rec", data={"history": {"minimum_value": 4}})
+    with pytest.raises(ConfigError, match="differ in `data`"):
+        one_data([config("sasrec"), other])
+
+
+def test_models_of_one_name_cannot_share_a_bundle() -> None:
+    with pytest.raises(ConfigError, match="same name"):
+        one_data([config("sasrec", name="x"), config("bert4rec", name="x")])
+    one_data([config("sasrec"), config("bert4rec")])
+
+
+@pytest.mark.parametrize("source", [None, {"kind": "sql", "url": "postgresql://me:s3cret@db/upnext"}])
+def test_a_run_reads_back_the_settings_it_was_made_with(tmp_path: Path, source: dict[str, str] | None) -> None:
+    made = config("bert4rec", data={"source": source} if source else {}, training={"lr": 0.5})
+    run = Run.of(tmp_path, made.name, "split")
+    run.start(made, resume=False)
+    assert run.config() == made
+    assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0  # it may hold a password

@@ -1,0 +1,66 @@
+"""The ONNX encoder: a batch gives what single calls give, whatever the lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.encoder import CHUNK, Encoder, EncoderSpec
+from shared.events import IntArray
+from tests import worlds
+
+N = 12
+ENCODERS = {
+    name: Encoder(worlds.encoder_bytes(worlds.circle(N), asks_with_mask=info.asks_with_mask), info)
+    for name, info in ((n, worlds.model_info(n, N, N).encoder) for n in ("sasrec", "bert4rec"))
+}
+
+
+def history(*items: int) -> IntArray:
+    return np.array(items, np.int64)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_query_is_asked_behind_the_last_item(name: str) -> None:
+    long = [(i % N) + 1 for i in range(worlds.MAX_LENGTH + 5)]
+    for items in ([3], [5, 3], [*long, 3]):
+        (query,) = ENCODERS[name].encode([history(*items)])
+        assert query.tolist() == worlds.circle(N)[3].tolist()
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, N), min_size=1, max_size=40), min_size=1, max_size=2 * CHUNK + 3))
+def test_a_batch_gives_what_single_calls_give(histories: list[list[int]]) -> None:
+    for encoder in ENCODERS.values():
+        single = np.concatenate([encoder.encode([history(*h)]) for h in histories])
+        assert encoder.encode([history(*h) for h in histories]).tolist() == single.tolist()
+
+
+def test_rectangles_come_in_buckets_and_never_in_more_than_a_chunk_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    encoder = ENCODERS["sasrec"]
+    run = encoder.run
+    monkeypatch.setattr(encoder, "run", lambda items, lengths: shapes.append(items.shape) or run(items, lengths))
+    encoder.encode([history(*[1] * length) for length in [1, 16, 17, 40] + [2] * CHUNK])
+    assert sorted(shapes) == [(2, 16), (2, 32), (CHUNK, 16)]
+
+
+def test_a_mask_takes_a_place_in_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    encoder = ENCODERS["bert4rec"]
+    run = encoder.run
+    monkeypatch.setattr(encoder, "run", lambda items, lengths: shapes.append(items.shape) or run(items, lengths))
+    encoder.encode([history(*[1] * length) for length in (15, 16)])
+    assert sorted(shapes) == [(1, 16), (1, 32)]
+
+
+def test_only_a_model_that_asks_with_mask_has_one() -> None:
+    spec = {"architecture": "x", "item_count": N, "width": 4, "max_length": 8}
+    assert EncoderSpec.model_validate({**spec, "asks_with_mask": True}).mask == N + 1
+    assert EncoderSpec.model_validate({**spec, "asks_with_mask": False}).mask is None
+
+
+def test_no_histories_give_no_queries() -> None:
+    assert ENCODERS["sasrec"].encode([]).shape == (0, N)

@@ -1,0 +1,266 @@
+"""Metrics against fractions a reader can check, and ranks as a user of the service sees them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.catalogue import Availability
+from shared.encoder import Encoder, Vectors
+from shared.events import IntArray
+from shared.retrieval import Mode, Retriever, build_index
+from shared.times import DAY
+from tests import worlds
+from tests.trained import ITEMS, KINDS, START, Kind, dataset, world
+from trainer.dataset import Cases, Dataset, leave_one_out
+from trainer.evaluate import (
+    CUTOFFS,
+    MISSED,
+    TOP,
+    baselines,
+    evaluate_served,
+    full_ranks,
+    index_recall,
+    metrics,
+    popularity_scores,
+    served_ranks,
+    vector_scores,
+)
+from trainer.train import encode_torch, evaluate_torch
+
+# --- metrics ------------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand() -> None:
+    found = metrics(np.array([1, 4, 7, MISSED]))
+    assert found["hr@5"] == 2 / 4
+    assert found["hr@10"] == found["hr@20"] == 3 / 4
+    assert found["ndcg@5"] == pytest.approx((1 + 1 / math.log2(5)) / 4)
+    assert found["ndcg@10"] == pytest.approx((1 + 1 / math.log2(5) + 1 / 3) / 4)
+    assert found["mrr"] == pytest.approx((1 + 1 / 4 + 1 / 7) / 4)
+
+
+@pytest.mark.parametrize(("rank", "hit"), [(5, 1.0), (6, 0.0)])
+def test_a_cutoff_counts_its_own_place(rank: int, hit: float) -> None:
+    assert metrics(np.array([rank]))["hr@5"] == hit
+
+
+def test_no_cases_have_no_metrics() -> None:
+    assert metrics(np.zeros(0, np.int64)) == {}
+
+
+@given(st.lists(st.one_of(st.integers(1, 50), st.just(MISSED)), min_size=1, max_size=30))
+def test_metrics_lie_in_0_1_and_grow_with_the_cutoff(ranks: list[int]) -> None:
+    found = metrics(np.array(ranks))
+    assert all(0 <= value <= 1 for value in found.values())
+    for name in ("hr", "ndcg"):
+        assert all(found[f"{name}@{a}"] <= found[f"{name}@{b}"] for a, b in pairwise(CUTOFFS))
+    assert all(found[f"ndcg@{k}"] <= found[f"hr@{k}"] for k in CUTOFFS)
+
+
+# --- full ranks ---------------------------------------------------------------------------------------
+
+
+def asked(*items: str) -> Cases:
+    """One case: the last of `items` is to be guessed, in a world of items 1..6."""
+    data = dataset([("u", i, START + n) for n, i in enumerate(items)], [{"item_id": str(i)} for i in range(1, 7)],
+                   availability="always")  # fmt: skip
+    assert [i.item_id for i in data.catalogue.items] == ["1", "2", "3", "4", "5", "6"]
+    return leave_one_out(data).test
+
+
+def rank(cases: Cases, *scores: float) -> int:
+    return int(full_ranks(cases, lambda part: np.array([scores] * len(part)))[0])
+
+
+def test_the_rank_counts_better_items() -> None:
+    assert rank(asked("1", "2", "6"), 0, 0, 9, 8, 1, 5) == 3
+    assert rank(asked("1", "2", "6"), 0, 0, 1, 2, 3, 5) == 1
+
+
+def test_ties_count_against_the_target() -> None:
+    assert rank(asked("1", "2", "6"), 0, 0, 5, 5, 1, 5) == 3
+    assert rank(asked("1", "2", "6"), 7, 7, 7, 7, 7, 7) == 4  # of the four that the user has not seen
+
+
+def test_what_the_user_saw_before_is_left_out() -> None:
+    assert rank(asked("1", "2", "6"), 9, 9, 0, 0, 0, 5) == 1
+
+
+def test_a_target_that_was_seen_before_is_missed() -> None:
+    assert rank(asked("6", "2", "6"), 0, 0, 0, 0, 0, 9) == MISSED
+
+
+def test_scores_that_are_no_numbers_never_help() -> None:
+    nan = math.nan
+    assert rank(asked("1", "2", "6"), nan, nan, nan, nan, nan, nan) == 6
+    assert rank(asked("1", "2", "6"), 0, 0, nan, 0, 0, 5) == 2
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=6, max_size=6))
+def test_ranks_are_what_sorting_gives(scores: list[float]) -> None:
+    cases = asked("1", "2", "5", "6")
+    rivals = [scores[i - 1] for i in (3, 4)]
+    assert rank(cases, *scores) == 1 + sum(s >= scores[5] for s in rivals)
+
+
+def test_chunks_change_nothing() -> None:
+    found = world("sasrec")
+    cases = found.split.test
+    table = np.random.default_rng(0).normal(size=(len(cases), ITEMS))
+    assert full_ranks(cases, lambda part: table[part], chunk=7).tolist() == full_ranks(cases, lambda part: table[part]).tolist()
+
+
+# --- popularity ---------------------------------------------------------------------------------------
+
+
+def test_popularity_at_a_target_knows_nothing_of_its_day() -> None:
+    data = dataset(
+        [("early", "a", START), ("late", "b", START + 40 * DAY)]
+        + [("u", i, START + 40 * DAY + n) for n, i in enumerate(["x", "y", "z"])]
+    )
+    split = leave_one_out(data)
+    index = data.catalogue.index_by_id
+    counts = popularity_scores(split.test, split.popularity, None)(np.array([0]))[0]
+    assert {i for i in index if counts[index[i] - 1]} == {"a"}
+    recent = popularity_scores(split.test, split.popularity, 30)(np.array([0]))[0]
+    assert not recent.any()
+
+
+def test_baselines_by_hand() -> None:
+    """Two users on day 5; before that day "hit" has three events, "other" one."""
+    before = [(f"w{n}", item, START) for n, item in enumerate(["hit", "hit", "hit", "other"])]
+    later = [(u, i, START + 5 * DAY + n) for u, goal in (("u", "hit"), ("v", "other")) for n, i in enumerate(["p", "q", goal])]
+    split = leave_one_out(dataset(before + later))
+    found = baselines(split.test, split.popularity, timed=True)
+    assert set(found) == {"popular", "popular_30d"}
+    assert found["popular"]["mrr"] == pytest.approx((1 + 1 / 2) / 2)
+    assert found["popular"] == found["popular_30d"]
+
+
+def test_without_times_every_training_event_counts() -> None:
+    rows = [(f"w{n}", item, 0) for n, item in enumerate(["hit", "hit", "other"])]
+    split = leave_one_out(dataset([*rows, *[("u", i, 0) for i in ("p", "q", "hit")]], has_times=False))
+    assert baselines(split.test, split.popularity, timed=False) == {"popular": metrics(np.array([1]))}
+
+
+# --- through the bundle -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", list(Mode))
+def test_served_ranks_are_the_full_ranks_of_the_first_20(kind: Kind, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.retrieval.EXACT_ITEMS", 10)
+    found = world(kind)
+    model, cases = found.bundle.models[kind], found.split.test
+    retriever = Retriever(model.retriever.vectors, model.retriever.index, mode)
+    served = served_ranks(cases, model.encoder, retriever, Availability.open(ITEMS))
+    order, queries = encode_torch(found.fitted.encoder, found.config, cases.histories())
+    table = np.empty(queries.shape, np.float32)
+    table[order] = queries.numpy()
+    full = full_ranks(cases, vector_scores(table, model.retriever.vectors))
+    assert served.tolist() == np.where(full <= TOP, full, MISSED).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_the_circle_knows_what_comes_next(kind: Kind) -> None:
+    found = world(kind)
+    assert float(np.mean(found.served() == 1)) >= 0.95
+    assert found.fitted.best is not None
+    assert found.fitted.best > 0.95
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_and_bundle_have_the_same_metrics(kind: Kind) -> None:
+    found = world(kind)
+    by_torch = evaluate_torch(found.fitted.encoder, found.config, found.split.test)
+    served = evaluate_served(found.split.test, found.bundle.models[kind].encoder, found.bundle.models[kind].retriever)
+    for name in ("hr@5", "hr@20", "ndcg@10"):
+        assert served[name] == pytest.approx(by_torch[name], abs=1e-9)
+
+
+def test_index_recall_is_the_share_of_the_exact_top() -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    index = build_index(vectors)
+    index.set_ef(50)
+    assert index_recall(vectors[:9], Retriever(vectors, index), 10) == 1.0
+    assert index_recall(vectors[:9], Retriever(vectors, index), 100) == 1.0  # no more than there are
+    wrong = build_index(np.ascontiguousarray(-vectors))
+    wrong.set_ef(50)
+    assert index_recall(vectors[:9], Retriever(vectors, wrong), 10) < 0.3
+    assert math.isnan(index_recall(vectors[:9], Retriever(vectors, None), 10))
+
+
+# --- availability: items born and withdrawn over time -------------------------------------------------
+
+
+def changing(*, has_times: bool = True) -> Dataset:
+    """Items 1..6 born on day 1..6; 2 ends on day 5, 4 is withdrawn. Three users ask on days 3, 5 and 9."""
+    items = [
+        {"item_id": str(n), "available_from": START + n * DAY, "available_until": START + 5 * DAY if n == 2 else None,
+         "withdrawn": n == 4}
+        for n in range(1, 7)
+    ]  # fmt: skip
+    asked_on = {"u": (3, ["1", "2", "3"]), "v": (5, ["3", "1", "2"]), "w": (9, ["1", "3", "6"])}
+    events = [(user, i, START + day * DAY) for user, (day, history) in asked_on.items() for i in history]
+    return dataset(events, items, has_times=has_times)
+
+
+def circle_model() -> tuple[Encoder, Retriever]:
+    """i is followed by i + 1, for six items."""
+    encoder = Encoder(worlds.encoder_bytes(worlds.circle(6), asks_with_mask=False), worlds.model_info("sasrec", 6, 6).encoder)
+    return encoder, Retriever(np.eye(6, dtype=np.float32), None)
+
+
+class Watched(Retriever):
+    """A retriever that keeps what it returned and for when."""
+
+    def __init__(self, vectors: Vectors) -> None:
+        super().__init__(vectors, None)
+        self.answers: list[tuple[int, IntArray]] = []
+
+    def retrieve(self, query, count, scope):  # type: ignore[no-untyped-def]
+        found = super().retrieve(query, count, scope)
+        self.answers.append((scope.as_of, found.items))
+        return found
+
+
+def test_answers_at_a_time_hold_no_item_that_does_not_exist_then() -> None:
+    data = changing()
+    watched = Watched(np.eye(6, dtype=np.float32))
+    served_ranks(leave_one_out(data).test, circle_model()[0], watched, Availability.of(data.catalogue))
+    answers = {(at - START) // DAY: {int(i) for i in items} for at, items in watched.answers}
+    assert answers == {3: {3}, 5: {5}, 9: {5, 6}}  # what exists, less the two that the user has seen
+
+
+def test_what_the_availability_rule_touches_is_counted() -> None:
+    found = evaluate_served(leave_one_out(changing()).test, *circle_model())
+    assert found["cases"] == 3
+    rule = found["availability_rule"]
+    # Day 3: 4, 5, 6 are not there; day 5: 2 is over, 4 withdrawn, 6 not yet born; day 9: 2 over, 4 withdrawn.
+    assert rule["users_touched"] == 3
+    assert rule["items_hidden_mean"] == pytest.approx((3 + 3 + 2) / 3)
+    assert rule["targets_hidden"] == 1  # v's target, 2, ended before it was asked for
+    # Open: u 3 after 2 -> first; v 2 after 1 -> first; w 6 after 3 -> behind 4 and 5.
+    assert found["mrr"] == pytest.approx((1 + 1 + 1 / 3) / 3)
+    # By the rule: u first; v missed; w behind 5 alone, as 4 is withdrawn.
+    assert rule["ndcg@10"] == pytest.approx((1 + 0 + 1 / math.log2(3)) / 3)
+
+
+def test_without_times_the_rule_is_off() -> None:
+    found = evaluate_served(leave_one_out(changing(has_times=False)).test, *circle_model())
+    rule = found["availability_rule"]
+    assert (rule["targets_hidden"], rule["users_touched"], rule["items_hidden_mean"]) == (0, 0, 0.0)
+    assert rule["ndcg@10"] == found["ndcg@10"]
+
+
+def test_an_empty_history_is_missed_and_no_error() -> None:
+    cases = leave_one_out(changing()).test
+    bare = replace(cases, row=cases.dataset.offsets[:-1])  # ask for each user's first event
+    assert served_ranks(bare, *circle_model(), Availability.open(6)).tolist() == [MISSED] * 3

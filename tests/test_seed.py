@@ -1,0 +1,95 @@
+"""Loading a source into the service's log: once, whatever happens, and so that it can be trained on again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from shared.database import catalogue_revision, create_engine, events, items
+from tests.trained import START, raw
+from trainer import seed
+from trainer.seed import seed_log
+from trainer.sources import RawData, UnavailableError
+
+EVENTS = [("u", "a", START), ("v", "b", START + 5, "rating", 4.5), ("u", "b", START), ("u", "a", START + 1)]
+ITEMS = [{"item_id": "a", "title": "A", "categories": ["genre:x"], "available_from": START}, {"item_id": "b", "withdrawn": True}]
+
+
+def source(has_times: bool = True) -> RawData:
+    return raw(EVENTS, ITEMS, has_times=has_times)
+
+
+async def load(engine: AsyncEngine, data: RawData) -> int:
+    return await seed_log(data, engine.url.render_as_string(hide_password=False), lambda _: None)
+
+
+async def rows(engine: AsyncEngine, query: Any) -> list[tuple[Any, ...]]:
+    async with engine.connect() as connection:
+        return [tuple(row) for row in await connection.execute(query)]
+
+
+LOG = select(events.c.user_id, events.c.item_id, events.c.event_type, events.c.value, events.c.timestamp).order_by(events.c.seq)
+
+
+async def test_events_come_in_the_order_of_arrival(engine: AsyncEngine) -> None:
+    assert await load(engine, source()) == len(EVENTS)
+    assert await rows(engine, LOG) == [
+        ("u", "a", "view", None, START),
+        ("v", "b", "rating", 4.5, START + 5),
+        ("u", "b", "view", None, START),
+        ("u", "a", "view", None, START + 1),
+    ]
+
+
+async def test_a_second_load_stores_nothing_twice(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seed, "CHUNK", 3)
+    await load(engine, source())
+    first = await rows(engine, LOG)
+    assert await load(engine, source()) == 0
+    assert await rows(engine, LOG) == first
+    longer = raw([*EVENTS, ("w", "a", START)], ITEMS)
+    assert await load(engine, longer) == 1
+
+
+async def test_items_that_the_catalogue_has_keep_what_it_says(engine: AsyncEngine) -> None:
+    kept = {"item_id": "a", "title": "kept", "withdrawn": False, "revision": 0}
+    async with engine.begin() as connection:
+        await connection.execute(items.insert(), [kept])
+    await load(engine, source())
+    found = await rows(engine, select(items.c.item_id, items.c.title, items.c.withdrawn).order_by(items.c.item_id))
+    assert found == [("a", "kept", False), ("b", None, True)]
+
+
+async def test_a_follower_of_the_catalogue_sees_the_load(engine: AsyncEngine) -> None:
+    before = (await rows(engine, select(catalogue_revision.c.revision)))[0][0]
+    await load(engine, source())
+    after = (await rows(engine, select(catalogue_revision.c.revision)))[0][0]
+    assert after > before
+    assert {r for (r,) in await rows(engine, select(items.c.revision))} == {after}
+    found = await rows(engine, select(items.c.categories, items.c.available_from).where(items.c.item_id == "a"))
+    assert found == [(["genre:x"], START)]
+
+
+async def test_without_times_the_place_in_the_file_is_the_time(sqlite_engine: AsyncEngine) -> None:
+    await load(sqlite_engine, source(has_times=False))
+    assert [row[-1] for row in await rows(sqlite_engine, LOG)] == [0, 1, 2, 3]
+
+
+async def test_a_new_database_is_made(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'new' / 'log.db'}"
+    assert await seed_log(source(), url, lambda _: None) == len(EVENTS)
+    engine = create_engine(url)
+    assert len(await rows(engine, LOG)) == len(EVENTS)
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "postgresql://me:s3cret@127.0.0.1:1/upnext"])
+async def test_a_log_that_cannot_be_written_is_said_without_the_password(url: str) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        await seed_log(source(), url, lambda _: None)
+    assert "s3cret" not in str(caught.value)
+    assert "\n" not in str(caught.value)

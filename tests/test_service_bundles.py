@@ -1,0 +1,111 @@
+"""Bundles come, go and are bad, while the service runs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shared.bundle import MANIFEST, point_current
+from tests.servers import RedisServer
+from tests.serving import Running, assert_problem, ids_of, json_of, serving, until
+from tests.worlds import circle, cyclic, write_bundle
+
+QUICK = {"bundle_poll_seconds": 0.02, "catalogue_poll_seconds": 0.02}
+
+
+async def failures(upnext: Running) -> float:
+    """The counter of bundles that could not be served."""
+    lines = (await upnext.http.get("/metrics")).text.splitlines()
+    return next(float(li.split()[1]) for li in lines if li.startswith("upnext_bundle_load_failures_total "))
+
+
+async def test_without_a_bundle_then_with_one(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, None, **QUICK) as upnext:
+        assert json_of(await upnext.http.get("/livez")) == {"status": "ok"}
+        body = assert_problem(await upnext.http.get("/readyz"), 503, "not_ready", detail="python -m trainer")
+        assert body["checks"]["redis"] == "ok"
+        assert "CURRENT" in body["checks"]["bundle"]
+        assert_problem(await upnext.http.get("/recommend/u"), 503, "no_bundle", detail="python -m trainer")
+        assert json_of(await upnext.http.get("/info"))["bundle"] is None
+        assert json_of(await upnext.http.get("/models")) == {"version": None, "models": []}
+        await upnext.view("u", "3")  # events are taken all the same
+        write_bundle(upnext.settings.bundles, cyclic())
+        await until(lambda: upnext.services.live.serving is not None)
+        assert (await upnext.ids("u"))[0] == "4"
+        assert json_of(await upnext.http.get("/readyz"))["status"] == "ready"
+
+
+async def test_swap_keeps_live_changes(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, cyclic(12), **QUICK) as upnext:
+        await upnext.view("u", "12")
+        await upnext.put("2", withdrawn=True)
+        await upnext.put("13", title="Baker's dozen")  # no bundle knows it yet
+        assert (await upnext.ids("u"))[0] == "1"
+        write_bundle(upnext.settings.bundles, cyclic(13), version="next")
+        await until(lambda: upnext.services.live.now_serving().bundle.version == "next")
+        answer = await upnext.ask("u")
+        assert answer["model"]["version"] == "next"
+        assert (answer["items"][0]["item_id"], answer["items"][0]["title"]) == ("13", "Baker's dozen")
+        assert "2" not in ids_of(answer)
+
+
+@pytest.mark.parametrize("damage", ["missing", "byte", "manifest", "renamed", "current"])
+async def test_a_bad_bundle_leaves_the_old_one_live(tmp_path: Path, redis_server: RedisServer, damage: str) -> None:
+    async with serving(tmp_path, redis_server, cyclic(), **QUICK) as upnext:
+        bundles = upnext.settings.bundles
+        bad = write_bundle(bundles, cyclic(13), version="bad", current=False)
+        match damage:
+            case "missing":
+                shutil.rmtree(bad)
+            case "byte":
+                file = bad / "models" / "sasrec" / "vectors.npy"
+                data = bytearray(file.read_bytes())
+                data[-1] ^= 1
+                file.write_bytes(bytes(data))
+            case "manifest":
+                (bad / MANIFEST).write_text("{")
+            case "renamed":
+                bad.rename(bundles / "other")
+                (bundles / "bad").symlink_to("nowhere")
+        if damage == "current":
+            (bundles / "CURRENT").write_text("../../etc\n")
+        else:
+            point_current(bundles, "bad")
+        await until(lambda: upnext.services.live.bundle_failure is not None)
+        assert (await upnext.ask("u"))["model"]["version"] == "2000-03-01T00-00-00Z-test"
+        ready = json_of(await upnext.http.get("/readyz"))
+        assert ready["status"] == "degraded"
+        assert ready["checks"]["bundle"] != "ok"
+        await upnext.services.live.follow_bundle()  # not tried again until CURRENT changes
+        assert await failures(upnext) == 1
+        write_bundle(bundles, cyclic(14), version="good")
+        await until(lambda: upnext.services.live.now_serving().bundle.version == "good")
+        assert json_of(await upnext.http.get("/readyz"))["status"] == "ready"
+
+
+async def test_a_bundle_whose_numbers_are_not_finite_is_not_served(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, cyclic(), **QUICK) as upnext:
+        world = cyclic()
+        broken = replace(world, models=("sasrec",), tables={"sasrec": circle(12) * float("nan")})
+        write_bundle(upnext.settings.bundles, broken, version="nan")
+        await until(lambda: upnext.services.live.bundle_failure is not None)
+        assert "not finite" in str(upnext.services.live.bundle_failure)
+
+
+async def test_only_a_bad_bundle(tmp_path: Path, redis_server: RedisServer) -> None:
+    path = write_bundle(tmp_path / "bundles", cyclic())
+    (path / "items.jsonl").write_text("")
+    async with serving(tmp_path, redis_server, None) as upnext:
+        assert_problem(await upnext.http.get("/recommend/u"), 503, "no_bundle", detail="items.jsonl")
+        assert_problem(await upnext.http.get("/readyz"), 503, "not_ready", detail="items.jsonl")
+
+
+async def test_back_to_the_live_version_clears_the_failure(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, cyclic(), **QUICK) as upnext:
+        point_current(upnext.settings.bundles, "no-such")
+        await until(lambda: upnext.services.live.bundle_failure is not None)
+        point_current(upnext.settings.bundles, "2000-03-01T00-00-00Z-test")
+        await until(lambda: upnext.services.live.bundle_failure is None)

@@ -1,0 +1,173 @@
+"""`python -m service` as a person starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.redis_child import RedisMissing, find_redis, start_redis
+from tests.worlds import cyclic, write_bundle
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "service", *arguments]
+
+
+def environment(folder: Path, **settings: object) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("UPNEXT_", "PROMETHEUS_"))}
+    chosen = {f"UPNEXT_{name.upper()}": str(value) for name, value in settings.items()}
+    return kept | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)} | chosen
+
+
+@contextmanager
+def launched(folder: Path, port: int, **settings: object) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command(), cwd=folder, env=environment(folder, port=port, **settings), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr:
+            process.stderr.close()
+
+
+def wait_ready(client: httpx.Client) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("not ready after 20 s")
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, from /proc."""
+    children = [int(p) for f in Path(f"/proc/{pid}/task").glob("*/children") for p in f.read_text().split()]
+    return [pid for child in children for pid in (child, *descendants(child))]
+
+
+def gone(pids: list[int], seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")  # short: the path of a unix socket has 107 bytes at most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "how"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_starts_serves_and_stops_everything(folder: Path, workers: int, how: signal.Signals) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    one_each = httpx.Limits(max_keepalive_connections=0)  # so that requests spread over the workers
+    with launched(folder, port, workers=workers) as process, httpx.Client(base_url=url, limits=one_each) as client:
+        wait_ready(client)
+        event = {"user_id": "u", "item_id": "3", "event_type": "view"}
+        assert client.post("/events", json=event).status_code == 200
+        for _ in range(6):
+            answer = client.get("/recommend/u?n=1").json()
+            assert answer["items"][0]["item_id"] == "4"
+        metrics = client.get("/metrics").text  # of all workers together
+        counts = [line for line in metrics.splitlines() if line.startswith("upnext_recommendations_total{")]
+        assert sum(float(line.split()[-1]) for line in counts) == 6
+        taken = subprocess.run(
+            command(), cwd=folder, env=environment(folder, port=port), capture_output=True, text=True, check=False
+        )
+        assert taken.returncode == 1
+        assert "UPNEXT_PORT" in taken.stderr
+        assert "Traceback" not in taken.stderr
+        below = descendants(process.pid)
+        assert len(below) >= 2  # the keeper and its Redis
+        process.send_signal(how)
+        assert process.wait(timeout=20) == 0
+        assert gone(below)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert f"{url}/docs" in said
+    assert "2000-03-01T00-00-00Z-test" in said
+    assert said.splitlines()[-1] == "Stopped."
+    assert list(folder.glob("upnext-*")) == []
+
+
+@pytest.mark.slow
+def test_redis_does_not_outlive_a_killed_launcher(folder: Path) -> None:
+    port = free_port()
+    with launched(folder, port) as process:
+        deadline = time.monotonic() + 20
+        while len(below := descendants(process.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(below) >= 2
+        process.kill()
+        process.wait()
+        assert gone(below)
+
+
+def test_own_redis_starts_and_ends() -> None:
+    with start_redis() as url:
+        path = Path(url.removeprefix("unix://"))
+        assert path.is_socket()
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert not path.parent.exists()
+
+
+def test_no_redis_binary_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(RedisMissing, match="UPNEXT_REDIS_URL"):
+        find_redis()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "code", "said"),
+    [
+        (["settings"], {}, 0, "| `UPNEXT_PORT` | `8000` |"),
+        (["openapi"], {}, 0, '"/recommend/{user_id}"'),
+        (["migrate"], {"database_url": "sqlite:///here.db"}, 0, "has the schema"),
+        (["migrate"], {"database_url": "mysql://x/y"}, 1, "is not supported"),
+        (["settings"], {"port": "zero"}, 1, "UPNEXT_PORT: "),
+        (["dance"], {}, 2, "invalid choice"),
+    ],
+)
+def test_commands(folder: Path, arguments: list[str], settings: dict[str, str], code: int, said: str) -> None:
+    done = subprocess.run(
+        command(*arguments),
+        cwd=folder,
+        env=environment(folder, **settings),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

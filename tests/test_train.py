@@ -1,0 +1,160 @@
+"""The loop: the same seed gives the same weights, an interruption costs nothing, the best epoch is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.trained import ITEMS, KINDS, Kind, config, cyclic_events, dataset
+from trainer import train as module
+from trainer.config import RunConfig
+from trainer.dataset import Sequences, Split, leave_one_out
+from trainer.train import Batches, Fitted, SequenceModel, TrainingError, fit, load_encoder
+from trainer.transformer import Encoder
+
+SPLIT = leave_one_out(dataset(cyclic_events(users=60)))
+Scores = Callable[..., dict[str, float]]
+
+
+def train(settings: RunConfig, folder: Path, *, validated: bool = True, split: Split = SPLIT, **options: Any) -> Fitted:
+    return fit(settings, ITEMS, split.sequences, split.validation if validated else None, folder, **options)
+
+
+def weights(encoder: Encoder) -> dict[str, list[float]]:
+    return {name: value.flatten().tolist() for name, value in encoder.state_dict().items()}
+
+
+def scripted(*scores: float) -> Scores:
+    """Validation scores as told, one an epoch, instead of measured ones."""
+    left = iter(scores)
+    return lambda *_: {"ndcg@10": next(left), "hr@10": 0.0, "mrr": 0.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_decides_the_weights(tmp_path: Path, kind: Kind) -> None:
+    first, again, other = (
+        train(config(kind, model={"dropout": 0.2}, training={"epochs": 2, "seed": seed}), tmp_path / name)
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert weights(first.encoder) == weights(again.encoder)
+    assert weights(first.encoder) != weights(other.encoder)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_training_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, validated: bool
+) -> None:
+    settings = config(kind, model={"dropout": 0.2}, training={"epochs": 4})
+    whole = train(settings, tmp_path / "whole", validated=validated)
+
+    start = SequenceModel.on_train_epoch_start
+
+    def interrupt(model: SequenceModel) -> None:
+        if model.current_epoch == 2:
+            raise KeyboardInterrupt
+        start(model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceModel, "on_train_epoch_start", interrupt)
+        with pytest.raises(TrainingError, match="--resume"):
+            train(settings, tmp_path / "parts", validated=validated)
+    seen: list[int] = []
+    monkeypatch.setattr(SequenceModel, "on_train_epoch_start", lambda m: seen.append(m.current_epoch) or start(m))
+    resumed = train(settings, tmp_path / "parts", validated=validated, resume=True)
+
+    assert seen == [2, 3]
+    assert resumed.epochs == whole.epochs
+    assert weights(resumed.encoder) == weights(whole.encoder)
+    last, wanted = (torch.load(tmp_path / n / "last.ckpt", weights_only=False) for n in ("parts", "whole"))
+    assert last["epoch"] == wanted["epoch"] == 3
+    assert all(torch.equal(last["state_dict"][k], v) for k, v in wanted["state_dict"].items())
+
+
+def test_resuming_a_finished_training_trains_no_more(tmp_path: Path) -> None:
+    settings = config(training={"epochs": 2})
+    first = train(settings, tmp_path)
+    again = train(settings, tmp_path, resume=True)
+    assert (again.epochs, again.best) == (first.epochs, first.best)
+    assert weights(again.encoder) == weights(first.encoder)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
+    assert train(config(training={"epochs": 1}), tmp_path, resume=True).epochs == 1
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "evaluate_torch", scripted(0.1, 0.5, 0.4, 0.5, 0.3, 0.9))
+    found = train(config(training={"epochs": 20, "patience": 3}), tmp_path)
+    assert (found.epochs, found.best) == (2, pytest.approx(0.5))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["epoch"] == 4  # three epochs without a better one, then the end
+    monkeypatch.undo()
+    alone = train(config(training={"epochs": 2}), tmp_path / "alone", validated=False)
+    assert weights(found.encoder) == weights(alone.encoder)
+
+
+def test_without_validation_the_last_epoch_counts(tmp_path: Path) -> None:
+    found = train(config(), tmp_path, validated=False, epochs=3)
+    assert (found.epochs, found.best, found.checkpoint.name) == (3, None, "last.ckpt")
+    assert weights(load_encoder(found.checkpoint)[0]) == weights(found.encoder)
+
+
+def test_a_validation_that_never_comes_leaves_the_last_epoch(tmp_path: Path) -> None:
+    found = train(config(training={"epochs": 2, "validate_every": 5}), tmp_path)
+    assert (found.epochs, found.best) == (2, None)
+    assert weights(load_encoder(found.checkpoint)[0]) == weights(found.encoder)
+
+
+def test_a_loss_that_is_no_number_stops_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cross_entropy", lambda hidden, *_: hidden.sum() * math.nan)
+    with pytest.raises(TrainingError, match=r"loss is nan in epoch 0: try a smaller training\.lr"):
+        train(config(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_read_without_running_code_in_it(tmp_path: Path, kind: Kind) -> None:
+    settings = config(kind, training={"epochs": 1})
+    found = train(settings, tmp_path)
+    torch.load(found.checkpoint, weights_only=True)
+    encoder, restored = load_encoder(found.checkpoint)
+    assert restored == settings
+    assert weights(encoder) == weights(found.encoder)
+    assert not encoder.training
+
+
+def test_users_without_two_events_cannot_teach_what_comes_next() -> None:
+    alone = Sequences(np.array([1, 2]), np.array([0, 1]), np.array([1, 2]))
+    with pytest.raises(TrainingError, match="two events"):
+        Batches(alone, config("sasrec"))
+    assert len(Batches(alone, config("bert4rec"))) == 1
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("sasrec", 5), ("bert4rec", 4)])
+def test_rows_are_the_newest_events_of_each_user(kind: Kind, longest: int) -> None:
+    sequences = Sequences(np.arange(1, 11), np.array([0, 7]), np.array([7, 10]))
+    rows = [r for batch in Batches(sequences, config(kind, model={"max_length": 4})) for r in batch.tolist()]
+    assert sorted([x for x in row if x] for row in rows) == [list(range(8 - longest, 8)), [8, 9, 10]]
+
+
+def test_each_epoch_has_its_own_batches() -> None:
+    data = Batches(SPLIT.sequences, config())
+    first, again = ([b.tolist() for b in data] for _ in range(2))
+    data.epoch = 1
+    assert first == again
+    assert [b.tolist() for b in data] != first
+
+
+def test_the_loss_is_divided_by_the_mean_number_of_guesses() -> None:
+    sequences = Sequences(np.arange(1, 11), np.array([0, 7]), np.array([7, 10]))
+    one = {"batch_size": 1, "mask_probability": 0.25}
+    assert Batches(sequences, config("sasrec", training=one)).tokens_per_batch() == (6 + 2) / 2
+    assert Batches(sequences, config("bert4rec", training=one)).tokens_per_batch() == 0.25 * (7 + 3) / 2
