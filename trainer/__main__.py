@@ -148,7 +148,11 @@ def train(
 def evaluate(names: Models, runs: Runs = Path("runs")) -> None:
     """Test metrics of split fits: through a bundle (ONNX and retrieval), by torch, and popularity beside them."""
     fitted = {name: pipeline.restore(runs, name, "split") for name in names}
-    dataset = dataset_of(next(iter(fitted.values()))[0])
+    configs = [config for config, _ in fitted.values()]
+    pipeline.one_data(configs)
+    dataset = dataset_of(configs[0])
+    for name in names:
+        Run.of(runs, name, "split").check_data(dataset)
     split = leave_one_out(dataset)
     say(pipeline.metrics_table(pipeline.evaluate(fitted, dataset, split, runs), pipeline.baseline(dataset, split)))
 

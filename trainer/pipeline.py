@@ -86,6 +86,15 @@ class Run:
             },
         )
 
+    def check_data(self, dataset: Dataset) -> None:
+        """Raise TrainingError unless the run was trained on this very data."""
+        trained_on, found = self.read("fit.json", "train")["data"], dataset.info().fingerprint
+        if trained_on != found:
+            raise TrainingError(
+                f"{self.folder} was trained on data {trained_on}, the source now gives {found}: "
+                "item indices would not fit; train again"
+            )
+
     def checkpoint(self) -> Path:
         """The checkpoint that counts."""
         return self.folder / str(self.read("fit.json", "train")["checkpoint"])
@@ -238,12 +247,7 @@ def publish_runs(
     candidates = {}
     for name in names:
         run = Run.of(runs, name, which)
-        trained_on = run.read("fit.json", "train")["data"]
-        if trained_on != dataset.info().fingerprint:
-            raise TrainingError(
-                f"{run.folder} was trained on data {trained_on}, the source now gives {dataset.info().fingerprint}: "
-                "item indices would not fit; train again"
-            )
+        run.check_data(dataset)
         metrics = Run.of(runs, name, "split").read("metrics.json", f"evaluate {name}")
         candidates[name] = Candidate(run.config(), run.exported(), which, metrics)
     popular = baseline(dataset, split)
