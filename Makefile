@@ -4,13 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo train-full test check format lock clean
+.PHONY: help setup demo train-full test check format lock clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 demo: $(VENV)/.run   ## train on MovieLens 100K, publish, serve on http://127.0.0.1:8000
 	@$(BIN)/python -m deploy.demo
+
+setup: $(VENV)/.run   ## install the service and the trainer into .venv
 
 train-full: $(VENV)/.run   ## train the full presets on MovieLens 100K and publish them
 	@$(BIN)/python -m trainer run sasrec-full bert4rec-full

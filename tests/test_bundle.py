@@ -24,12 +24,13 @@ from shared.bundle import (
     staged,
     verify,
 )
+from shared.catalogue import Item
 from shared.retrieval import Mode, build_index
 from shared.times import DAY
 from tests import worlds
 
 VERSION = "2000-03-01T00-00-00Z-test"
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -71,10 +72,10 @@ def test_what_was_written_comes_back(written: Path) -> None:
 
 
 def test_bounds_titles_and_categories_survive(tmp_path: Path) -> None:
-    odd = worlds.Item("é|1", 'say "ü"\n', ("genre:Sci-Fi", "tag:a:b"), -5, 1_000_001, withdrawn=True)
-    world = worlds.World((worlds.Item("plain"), odd), (("plain", 0),))
+    odd = Item("é|1", 'say "ü"\n', ("genre:Sci-Fi", "tag:a:b"), -5, 1_000_001, withdrawn=True)
+    world = worlds.World((Item("plain"), odd), (("plain", 0),))
     found = Bundle.load(worlds.write_bundle(tmp_path, world)).catalogue.items
-    assert found == (worlds.Item("plain"), odd)
+    assert found == (Item("plain"), odd)
 
 
 def test_the_manifest_lists_every_file_but_itself(written: Path) -> None:
@@ -123,8 +124,13 @@ def save_index(rows: int, width: int) -> Damage:
 
 
 def save_counts(**columns: list[int]) -> Damage:
-    arrays = {name: np.array(values, np.int64) for name, values in columns.items()}
+    arrays: dict[str, Any] = {name: np.array(values, np.int64) for name, values in columns.items()}
     return lambda path: replace_file(path, "popularity.npz", lambda file: np.savez(file, **arrays))
+
+
+def make_folder(path: Path) -> None:
+    (path / "items.jsonl").unlink()
+    (path / "items.jsonl").mkdir()
 
 
 def drop_line(path: Path) -> None:
@@ -146,7 +152,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "file truncated": (truncate, "bytes, the manifest says"),
     "byte changed": (change_byte, "checksum"),
     "file missing": (lambda p: (p / "items.jsonl").unlink(), "cannot be read"),
-    "file a folder": (lambda p: ((p / "items.jsonl").unlink(), (p / "items.jsonl").mkdir()), "items.jsonl"),
+    "file a folder": (make_folder, "items.jsonl"),
     "file not listed": (lambda p: rewrite(p, lambda m: m["files"].pop("models/sasrec/vectors.npy")), "does not list"),
     "path above": (list_file("../x"), "outside the bundle"),
     "path above, deeper": (list_file("models/../../x"), "outside the bundle"),
@@ -161,8 +167,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "vectors that hold code": (save_vectors(np.array([{}])), "cannot be loaded"),
     "index of fewer items": (save_index(11, 12), "index"),
     "index of another width": (save_index(12, 11), "cannot be loaded"),
-    "index of garbage": (lambda p: replace_file(p, "models/sasrec/index.hnsw", lambda f: f.write_bytes(b"x")), "loaded"),
-    "network of garbage": (lambda p: replace_file(p, "models/sasrec/encoder.onnx", lambda f: f.write_bytes(b"x")), "loaded"),
+    "index of garbage": (
+        lambda p: replace_file(p, "models/sasrec/index.hnsw", lambda f: f.write_bytes(b"x")), "cannot be loaded",
+    ),
+    "network of garbage": (
+        lambda p: replace_file(p, "models/sasrec/encoder.onnx", lambda f: f.write_bytes(b"x")), "cannot be loaded",
+    ),
     "catalogue with a line less": (drop_line, "not the catalogue's"),
     "catalogue of garbage": (lambda p: replace_file(p, "items.jsonl", lambda f: f.write_text("{")), "cannot be loaded"),
     "counts without a column": (save_counts(day=[1], item=[1]), "cannot be loaded"),
@@ -193,9 +203,11 @@ def test_a_file_that_holds_code_is_never_run(written: Path, tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["items.jsonl", "popularity.npz", *(
-    f"models/{model}/{file}" for model in ("sasrec", "bert4rec") for file in ("encoder.onnx", "vectors.npy", "index.hnsw")
-)])  # fmt: skip
+PARTS = ("encoder.onnx", "vectors.npy", "index.hnsw")
+FILES = ["items.jsonl", "popularity.npz", *(f"models/{m}/{part}" for m in ("sasrec", "bert4rec") for part in PARTS)]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_verify_checks_every_file(written: Path, name: str) -> None:
     content = (written / name).read_bytes()
     (written / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
@@ -211,7 +223,9 @@ def test_nothing_published_is_none(tmp_path: Path) -> None:
     assert current_version(tmp_path / "missing") is None
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"../..", b"a/b", b"/etc", b".hidden", b"\xff\xfe", b"a b", b"x" * 101])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"../..", b"a/b", b"/etc", b".hidden", b"\xff\xfe", b"a b", b"x" * 101]
+)
 def test_garbage_in_current_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CURRENT).write_bytes(content)
     with pytest.raises(BundleError, match=CURRENT):
@@ -225,7 +239,7 @@ def test_current_names_the_version_pointed_at_last(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == [CURRENT]
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
 def test_a_crash_while_pointing_leaves_the_old_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -234,7 +248,7 @@ def test_a_crash_while_pointing_leaves_the_old_version(
     def crash(*_: object) -> None:
         raise OSError("power is gone")
 
-    monkeypatch.setattr(*((module.os, "fsync") if step == "fsync" else (Path, "replace")), crash)
+    monkeypatch.setattr(step, crash)
     with pytest.raises(OSError, match="power"):
         point_current(tmp_path, "new")
     assert current_version(tmp_path) == "old"
@@ -251,9 +265,13 @@ def test_version_names_sort_by_time_and_fit_the_rule(tmp_path: Path) -> None:
 
 
 def test_staging_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), staged(tmp_path) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError("stop")
+    def write_half() -> None:
+        with staged(tmp_path) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
     with staged(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,9 @@ def change(item_id: str, start: int | None = None, until: int | None = None, *, 
 
 
 def test_items_are_numbered_by_their_start_then_by_id() -> None:
-    catalogue = Catalogue.number([Item("b", available_from=5), Item("10", available_from=5), Item("z"), Item("9", available_from=5)])
+    catalogue = Catalogue.number(
+        [Item("b", available_from=5), Item("10", available_from=5), Item("z"), Item("9", available_from=5)]
+    )
     assert ids(catalogue) == ["z", "10", "9", "b"]
     assert catalogue.index_by_id == {"z": 1, "10": 2, "9": 3, "b": 4}
     assert catalogue[4].item_id == "b"
@@ -61,7 +63,9 @@ def test_unknown_ids_are_left_out_and_unknown_keys_are_0() -> None:
 
 TIMES = st.integers(0, 6)
 some_items = st.lists(
-    st.tuples(st.one_of(st.just(BEGINNING), TIMES), st.one_of(st.just(END), TIMES), st.booleans()), min_size=1, max_size=12
+    st.tuples(st.one_of(st.just(BEGINNING), TIMES), st.one_of(st.just(END), TIMES), st.booleans()),
+    min_size=1,
+    max_size=12,
 )
 some_changes = st.lists(
     st.tuples(st.integers(0, 13), st.one_of(st.none(), TIMES), st.one_of(st.none(), TIMES), st.booleans()), max_size=8

@@ -71,7 +71,7 @@ def preset(folder: Path, events: Path, *, times: bool = True, **sections: Any) -
 def circle() -> list[Row]:
     """A cyclic world, and one user who stopped when only three of its items had been seen."""
     first = [("pioneer", str(i), START - 9 * DAY + i) for i in (1, 2)]
-    return [*first, *cyclic_events(ITEMS, users=60)]
+    return [*first, *cyclic_events(ITEMS, users=60, longest=9)]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def test_the_steps_one_by_one_lead_to_a_bundle_too(place: Place, tmp_path: Path)
     assert "validation NDCG@10" in trainer("train", here.preset, *here.runs)
     assert "circle (torch)" in trainer("evaluate", "circle", *here.runs)
     assert "3 epochs" in trainer("train", here.preset, *here.runs, "--fit", "all", "--epochs", "3")
-    assert "Parity" in call_text("export", here) or (tmp_path / "runs/circle/all/export/encoder.onnx").is_file()
+    assert "top10_changes=0" in trainer("export", "circle", *here.runs)
     assert "recall@10 1.0000" in trainer("index", "circle", *here.runs)
     assert "made it current" in trainer("publish", "circle", *here.runs, *here.bundles)
     bundle = here.live()
@@ -176,16 +176,14 @@ def test_the_steps_one_by_one_lead_to_a_bundle_too(place: Place, tmp_path: Path)
     assert bundle.manifest.models["circle"].metrics == measured
 
 
-def call_text(command: str, here: Place) -> str:
-    return trainer(command, "circle", *here.runs)
-
-
 @pytest.mark.slow
 def test_a_step_whose_input_is_missing_names_the_step_before(place: Place, tmp_path: Path) -> None:
     here = Place(tmp_path, place.preset)
     assert "python -m trainer train" in refused("export", "circle", *here.runs)
     trainer("train", here.preset, *here.runs, "training.epochs=1")
-    assert "python -m trainer evaluate circle" in refused("publish", "circle", *here.runs, *here.bundles, "--fit", "split")
+    assert "python -m trainer evaluate circle" in refused(
+        "publish", "circle", *here.runs, *here.bundles, "--fit", "split"
+    )
     assert "python -m trainer export" in refused("index", "circle", *here.runs, "--fit", "split")
     assert not (tmp_path / "bundles").exists()
 
@@ -239,9 +237,7 @@ def test_events_can_be_loaded_into_the_log_and_trained_on_from_there(place: Plac
     assert "made it current" in trainer("publish", "log", *here.runs, "--bundles", tmp_path / "again")
 
 
-def test_the_url_of_the_log_may_stand_in_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_url_of_the_log_may_stand_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = preset(tmp_path, events_file(tmp_path / "events.csv", circle()[:5]))
     monkeypatch.setenv("UPNEXT_DATABASE_URL", f"sqlite:///{tmp_path / 'env.db'}")
     assert "5 events are new" in trainer("data", "load", file)
@@ -253,7 +249,7 @@ def test_the_url_of_the_log_may_stand_in_the_environment(
 
 @pytest.mark.slow
 def test_data_without_times_trains_with_the_rule_off_and_says_so(tmp_path: Path) -> None:
-    file = events_file(tmp_path / "events.csv", cyclic_events(ITEMS, users=40), times=False)
+    file = events_file(tmp_path / "events.csv", cyclic_events(ITEMS, users=40, longest=9), times=False)
     here = Place(tmp_path, preset(tmp_path, file, times=False))
     said = trainer("run", here.preset, *here.runs, *here.bundles)
     assert "note: no times: the order of the file counts, time rules are off" in said
@@ -276,7 +272,9 @@ def test_data_list_names_sources_and_presets() -> None:
 def test_data_describe_shows_figures_and_bad_rows(tmp_path: Path) -> None:
     file = events_file(tmp_path / "events.csv", circle())
     file.write_text(file.read_text() + "somebody,1,yesterday\n")
-    data = {"source": {"kind": "files", "events": str(file), "columns": {"user": "who", "item": "what", "time": "when"}}}
+    data = {
+        "source": {"kind": "files", "events": str(file), "columns": {"user": "who", "item": "what", "time": "when"}}
+    }
     said = trainer("data", "describe", preset(tmp_path, file, data=data), "data.source.max_bad_rows=0.1")
     assert re.search(rf"events +{len(circle())}\n", said)
     assert re.search(r"users +61\n", said)
@@ -308,7 +306,9 @@ def refused(*words: str | Path) -> str:
         (["data", "describe", "missing.yaml"], "no preset"),
     ],
 )
-def test_a_mistake_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str) -> None:
+def test_a_mistake_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert said in refused(*words)
     assert contents(tmp_path) == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -64,8 +66,14 @@ def test_no_event_that_feeds_is_an_error_with_both_lists_of_types() -> None:
 
 
 def test_an_item_exists_from_its_date_or_its_first_event_whichever_is_earlier() -> None:
-    events = [("u", "declared", 50), ("u", "early", 40), ("v", "early", 60), ("u", "undeclared", 30), ("v", "undeclared", 20)]
-    items = [
+    events = [
+        ("u", "declared", 50),
+        ("u", "early", 40),
+        ("v", "early", 60),
+        ("u", "undeclared", 30),
+        ("v", "undeclared", 20),
+    ]
+    items: list[dict[str, Any]] = [
         {"item_id": "declared", "available_from": 10},
         {"item_id": "early", "available_from": 45},
         {"item_id": "unused"},
@@ -155,7 +163,9 @@ def test_no_case_sees_its_target_row_and_nothing_is_lost(rows: list[tuple[int, i
 
 
 def test_a_case_that_is_seen_but_does_not_feed_stays_out_of_the_history() -> None:
-    events = [("u", i, START + n, "rating", v) for n, (i, v) in enumerate([("a", 5.0), ("x", 1.0), ("b", 5.0), ("c", 5.0)])]
+    events = [
+        ("u", i, START + n, "rating", v) for n, (i, v) in enumerate([("a", 5.0), ("x", 1.0), ("b", 5.0), ("c", 5.0)])
+    ]
     test = leave_one_out(dataset(events, history={"minimum_value": 4})).test
     assert guesses(test) == {"u": (["a", "b"], "c")}
     assert ids(test.dataset, test.seen()[0]) == ["a", "x", "b"]

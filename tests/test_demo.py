@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from deploy import demo as demo_module
 from deploy.demo import main, port_is_free, wait_until_ready
 from service.__main__ import main as service_main
+from tests.servers import free_port
 from trainer.__main__ import app as trainer_app
 from trainer.config import preset_names
 
@@ -39,11 +40,6 @@ def listening() -> Iterator[int]:
         server.bind(("127.0.0.1", 0))
         server.listen()
         yield server.getsockname()[1]
-
-
-def free_port() -> int:
-    with listening() as port:
-        return port
 
 
 # Before anything starts

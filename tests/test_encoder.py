@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.encoder import CHUNK, Encoder, EncoderSpec
+from shared.encoder import CHUNK, Encoder, EncoderSpec, Vectors
 from shared.events import IntArray
 from tests import worlds
 
@@ -20,6 +20,19 @@ ENCODERS = {
 
 def history(*items: int) -> IntArray:
     return np.array(items, np.int64)
+
+
+def watched(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the rectangles that `encoder` will read from now on."""
+    shapes: list[tuple[int, ...]] = []
+    run = encoder.run
+
+    def noted(items: IntArray, lengths: IntArray) -> Vectors:
+        shapes.append(items.shape)
+        return run(items, lengths)
+
+    monkeypatch.setattr(encoder, "run", noted)
+    return shapes
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -39,19 +52,13 @@ def test_a_batch_gives_what_single_calls_give(histories: list[list[int]]) -> Non
 
 
 def test_rectangles_come_in_buckets_and_never_in_more_than_a_chunk_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[tuple[int, ...]] = []
-    encoder = ENCODERS["sasrec"]
-    run = encoder.run
-    monkeypatch.setattr(encoder, "run", lambda items, lengths: shapes.append(items.shape) or run(items, lengths))
+    encoder, shapes = ENCODERS["sasrec"], watched(ENCODERS["sasrec"], monkeypatch)
     encoder.encode([history(*[1] * length) for length in [1, 16, 17, 40] + [2] * CHUNK])
     assert sorted(shapes) == [(2, 16), (2, 32), (CHUNK, 16)]
 
 
 def test_a_mask_takes_a_place_in_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[tuple[int, ...]] = []
-    encoder = ENCODERS["bert4rec"]
-    run = encoder.run
-    monkeypatch.setattr(encoder, "run", lambda items, lengths: shapes.append(items.shape) or run(items, lengths))
+    encoder, shapes = ENCODERS["bert4rec"], watched(ENCODERS["bert4rec"], monkeypatch)
     encoder.encode([history(*[1] * length) for length in (15, 16)])
     assert sorted(shapes) == [(1, 16), (1, 32)]
 

@@ -114,7 +114,10 @@ def test_chunks_change_nothing() -> None:
     found = world("sasrec")
     cases = found.split.test
     table = np.random.default_rng(0).normal(size=(len(cases), ITEMS))
-    assert full_ranks(cases, lambda part: table[part], chunk=7).tolist() == full_ranks(cases, lambda part: table[part]).tolist()
+    assert (
+        full_ranks(cases, lambda part: table[part], chunk=7).tolist()
+        == full_ranks(cases, lambda part: table[part]).tolist()
+    )
 
 
 # --- popularity ---------------------------------------------------------------------------------------
@@ -136,7 +139,11 @@ def test_popularity_at_a_target_knows_nothing_of_its_day() -> None:
 def test_baselines_by_hand() -> None:
     """Two users on day 5; before that day "hit" has three events, "other" one."""
     before = [(f"w{n}", item, START) for n, item in enumerate(["hit", "hit", "hit", "other"])]
-    later = [(u, i, START + 5 * DAY + n) for u, goal in (("u", "hit"), ("v", "other")) for n, i in enumerate(["p", "q", goal])]
+    later = [
+        (u, i, START + 5 * DAY + n)
+        for u, goal in (("u", "hit"), ("v", "other"))
+        for n, i in enumerate(["p", "q", goal])
+    ]
     split = leave_one_out(dataset(before + later))
     found = baselines(split.test, split.popularity, timed=True)
     assert set(found) == {"popular", "popular_30d"}
@@ -155,7 +162,9 @@ def test_without_times_every_training_event_counts() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", list(Mode))
-def test_served_ranks_are_the_full_ranks_of_the_first_20(kind: Kind, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_served_ranks_are_the_full_ranks_of_the_first_20(
+    kind: Kind, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shared.retrieval.EXACT_ITEMS", 10)
     found = world(kind)
     model, cases = found.bundle.models[kind], found.split.test
@@ -214,7 +223,9 @@ def changing(*, has_times: bool = True) -> Dataset:
 
 def circle_model() -> tuple[Encoder, Retriever]:
     """i is followed by i + 1, for six items."""
-    encoder = Encoder(worlds.encoder_bytes(worlds.circle(6), asks_with_mask=False), worlds.model_info("sasrec", 6, 6).encoder)
+    encoder = Encoder(
+        worlds.encoder_bytes(worlds.circle(6), asks_with_mask=False), worlds.model_info("sasrec", 6, 6).encoder
+    )
     return encoder, Retriever(np.eye(6, dtype=np.float32), None)
 
 

@@ -156,7 +156,9 @@ def test_policies_with_other_rules_have_other_fingerprints() -> None:
     assert HistoryPolicy().fingerprint() == HistoryPolicy().fingerprint()
 
 
-@pytest.mark.parametrize("wrong", [{"minimum_value": NAN}, {"minimum_value": float("inf")}, {"sequence_type": ["view"]}])
+@pytest.mark.parametrize(
+    "wrong", [{"minimum_value": NAN}, {"minimum_value": float("inf")}, {"sequence_type": ["view"]}]
+)
 def test_a_policy_that_cannot_be_meant_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         HistoryPolicy.model_validate(wrong)

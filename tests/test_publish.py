@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -23,11 +22,10 @@ POPULAR = {"popular": {"ndcg@10": 0.3}, "popular_30d": {"ndcg@10": 0.4}}
 
 
 @pytest.fixture(autouse=True)
-def versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bundle its own name, even within one second."""
     numbers = count(1)
     monkeypatch.setattr(module, "new_version", lambda _: f"v{next(numbers)}")
-    yield
 
 
 @pytest.fixture
@@ -106,7 +104,7 @@ def test_a_damaged_live_bundle_keeps_no_good_one_out(tmp_path: Path, circle: Wor
 
 def test_one_bad_model_keeps_all_out(tmp_path: Path, circle: World) -> None:
     candidates = {"good": circle.candidate(0.9), "bad": circle.candidate(0.2)}
-    with pytest.raises(PublishRefusedError, match="^bad "):
+    with pytest.raises(PublishRefusedError, match=r"^bad "):
         publish(tmp_path, circle.dataset, circle.split.popularity, candidates, POPULAR, circle.split.test)
     assert list(tmp_path.iterdir()) == []
 

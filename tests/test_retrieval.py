@@ -35,7 +35,9 @@ def world(seed: int) -> Availability:
     """Items born at 1..N, of which at NOW some are over, withdrawn, or moved in time since."""
     rng = np.random.default_rng(seed)
     items = [
-        Item(f"{n:03}", None, (), n, n + int(rng.integers(5, 200)) if rng.random() < 0.2 else 10_000, rng.random() < 0.1)
+        Item(
+            f"{n:03}", None, (), n, n + int(rng.integers(5, 200)) if rng.random() < 0.2 else 10_000, rng.random() < 0.1
+        )
         for n in range(1, N + 1)
     ]
     catalogue = Catalogue.number(items)
@@ -148,7 +150,9 @@ def test_a_failing_index_is_left_for_exact_search_and_stays_left() -> None:
 
 def test_without_an_index_every_mode_is_exact(mode: Mode) -> None:
     vectors = vectors_of(3)
-    found = Retriever(vectors, None, mode).retrieve(vectors[0], 5, Scope(Availability.open(N), 0, np.zeros(0, np.int64)))
+    found = Retriever(vectors, None, mode).retrieve(
+        vectors[0], 5, Scope(Availability.open(N), 0, np.zeros(0, np.int64))
+    )
     assert found.path == "exact"
 
 

@@ -10,13 +10,21 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from shared.database import catalogue_revision, create_engine, events, items
-from tests.trained import START, raw
+from tests.trained import START, Row, TypedRow, raw
 from trainer import seed
 from trainer.seed import seed_log
 from trainer.sources import RawData, UnavailableError
 
-EVENTS = [("u", "a", START), ("v", "b", START + 5, "rating", 4.5), ("u", "b", START), ("u", "a", START + 1)]
-ITEMS = [{"item_id": "a", "title": "A", "categories": ["genre:x"], "available_from": START}, {"item_id": "b", "withdrawn": True}]
+EVENTS: list[Row | TypedRow] = [
+    ("u", "a", START),
+    ("v", "b", START + 5, "rating", 4.5),
+    ("u", "b", START),
+    ("u", "a", START + 1),
+]
+ITEMS: list[dict[str, Any]] = [
+    {"item_id": "a", "title": "A", "categories": ["genre:x"], "available_from": START},
+    {"item_id": "b", "withdrawn": True},
+]
 
 
 def source(has_times: bool = True) -> RawData:
@@ -32,7 +40,9 @@ async def rows(engine: AsyncEngine, query: Any) -> list[tuple[Any, ...]]:
         return [tuple(row) for row in await connection.execute(query)]
 
 
-LOG = select(events.c.user_id, events.c.item_id, events.c.event_type, events.c.value, events.c.timestamp).order_by(events.c.seq)
+LOG = select(events.c.user_id, events.c.item_id, events.c.event_type, events.c.value, events.c.timestamp).order_by(
+    events.c.seq
+)
 
 
 async def test_events_come_in_the_order_of_arrival(engine: AsyncEngine) -> None:

@@ -66,7 +66,12 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
         with pytest.raises(TrainingError, match="--resume"):
             train(settings, tmp_path / "parts", validated=validated)
     seen: list[int] = []
-    monkeypatch.setattr(SequenceModel, "on_train_epoch_start", lambda m: seen.append(m.current_epoch) or start(m))
+
+    def note(model: SequenceModel) -> None:
+        seen.append(model.current_epoch)
+        start(model)
+
+    monkeypatch.setattr(SequenceModel, "on_train_epoch_start", note)
     resumed = train(settings, tmp_path / "parts", validated=validated, resume=True)
 
     assert seen == [2, 3]
@@ -89,12 +94,11 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -
     assert train(config(training={"epochs": 1}), tmp_path, resume=True).epochs == 1
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_epoch_is_kept_and_patience_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "evaluate_torch", scripted(0.1, 0.5, 0.4, 0.5, 0.3, 0.9))
     found = train(config(training={"epochs": 20, "patience": 3}), tmp_path)
-    assert (found.epochs, found.best) == (2, pytest.approx(0.5))
+    assert found.epochs == 2
+    assert found.best == pytest.approx(0.5)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["epoch"] == 4  # three epochs without a better one, then the end
     monkeypatch.undo()

@@ -19,6 +19,8 @@ import polars as pl
 
 from shared import bundle as bundles
 from shared.bundle import Bundle
+from shared.catalogue import Availability
+from shared.events import IntArray
 from shared.times import DAY, SECOND, of_year
 from trainer.config import RunConfig
 from trainer.dataset import Dataset, Split, build_dataset, leave_one_out
@@ -33,6 +35,8 @@ from trainer.train import Fitted, fit
 Kind = Literal["sasrec", "bert4rec"]
 Row = tuple[str, str, int]
 """user, item, time in epoch microseconds; a view."""
+TypedRow = tuple[str, str, int, str, float | None]
+"""A `Row` of another type, with its value."""
 
 KINDS: Final[tuple[Kind, ...]] = ("sasrec", "bert4rec")
 START: Final = of_year(2020)
@@ -40,14 +44,20 @@ ITEMS: Final = 30
 
 
 def raw(
-    events: Sequence[Row | tuple[str, str, int, str, float | None]],
+    events: Sequence[Row | TypedRow],
     items: Sequence[Mapping[str, Any]] = (),
     *,
     has_times: bool = True,
 ) -> RawData:
     """Tables as a source hands them over. An event is a `Row`, or a `Row` with its type and value."""
     rows = [_event(*event, has_times=has_times) for event in events]
-    unset = {"title": None, "categories": [], "available_from": None, "available_until": None, "withdrawn": False}
+    unset: dict[str, Any] = {
+        "title": None,
+        "categories": [],
+        "available_from": None,
+        "available_until": None,
+        "withdrawn": False,
+    }
     return RawData(
         name="a test",
         events=pl.DataFrame(rows, schema=EVENTS_SCHEMA, orient="row"),
@@ -64,7 +74,7 @@ def _event(
 
 
 def dataset(
-    events: Sequence[Row | tuple[str, str, int, str, float | None]],
+    events: Sequence[Row | TypedRow],
     items: Sequence[Mapping[str, Any]] = (),
     *,
     has_times: bool = True,
@@ -98,12 +108,12 @@ def config(
     )
 
 
-def cyclic_events(items: int = ITEMS, users: int = 200, seed: int = 0) -> list[Row]:
-    """Users who start anywhere on the circle and view 4 to 24 items in a row, one an hour."""
+def cyclic_events(items: int = ITEMS, users: int = 200, *, longest: int = 24, seed: int = 0) -> list[Row]:
+    """Users who start anywhere on the circle and view 4 to `longest` items in a row, one an hour."""
     rng = np.random.default_rng(seed)
     rows = []
     for user in range(users):
-        first, length = int(rng.integers(items)), int(rng.integers(4, 25))
+        first, length = int(rng.integers(items)), int(rng.integers(4, longest + 1))
         begin = START + int(rng.integers(60)) * DAY
         rows += [(f"u{user}", str((first + s) % items + 1), begin + s * 3600 * SECOND) for s in range(length)]
     return rows
@@ -127,17 +137,10 @@ class World:
         settings = RunConfig.model_validate({**self.config.model_dump(), "publish": publish})
         return Candidate(settings, self.exported, "split", {"bundle": figures})
 
-    def served(self) -> Any:
+    def served(self) -> IntArray:
         """Ranks of the test cases through the bundle, (C,)."""
-        model = self.bundle.models[self.config.name]
-        return served_ranks(self.split.test, model.encoder, model.retriever, self.rule)
-
-    @property
-    def rule(self) -> Any:
-        """Availability as the bundle has it."""
-        from shared.catalogue import Availability
-
-        return Availability.of(self.bundle.catalogue)
+        model, rule = self.bundle.models[self.config.name], Availability.of(self.bundle.catalogue)
+        return served_ranks(self.split.test, model.encoder, model.retriever, rule)
 
 
 ENOUGH: Final[Mapping[Kind, Mapping[str, Any]]] = {
