@@ -294,9 +294,9 @@ def _sync(folder: Path) -> None:
 # --- writing ------------------------------------------------------------------------------------------
 
 
-def new_version(fingerprint: str) -> str:
-    """A name that sorts by time and says which data: 2026-11-21T10-00-00Z-3f9c."""
-    return f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{fingerprint[:4]}"
+def new_version() -> str:
+    """A name that sorts by time and is never given twice: 2026-11-21T10-00-00Z-3f9c."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{secrets.token_hex(2)}"
 
 
 @contextmanager

@@ -71,7 +71,11 @@ async def serving(folder: Path, redis: RedisServer, world: World | None, **setti
     """Run the service on a bundle of `world` (on none with None); state lies in `folder`."""
     if world is not None:
         write_bundle(folder / "bundles", world)
-    values = {"redis_url": redis.url, "database_url": f"sqlite:///{folder / 'service.db'}", "bundles": folder / "bundles"}
+    values = {
+        "redis_url": redis.url,
+        "database_url": f"sqlite:///{folder / 'service.db'}",
+        "bundles": folder / "bundles",
+    }
     chosen = Settings(**{**values, **settings})
     await fresh_database(folder / "service.db")
     async with running(chosen) as found:
@@ -125,9 +129,7 @@ def ids_of(answer: dict[str, Any]) -> list[str]:
     return [item["item_id"] for item in items]
 
 
-def assert_problem(
-    response: httpx.Response, status: int, code: str, *places: str, detail: str = ""
-) -> dict[str, Any]:
+def assert_problem(response: httpx.Response, status: int, code: str, *places: str, detail: str = "") -> dict[str, Any]:
     """The response is the one form of all errors; `places` are the pointers and parameters that it names."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == MEDIA_TYPE

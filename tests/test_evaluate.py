@@ -160,6 +160,7 @@ def test_without_times_every_training_event_counts() -> None:
 # --- through the bundle -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the first test of a kind trains its model
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", list(Mode))
 def test_served_ranks_are_the_full_ranks_of_the_first_20(

@@ -52,6 +52,7 @@ def test_the_reader_of_imports_finds_hidden_ones() -> None:
     ("module", "absent"),
     [("service.main", LEARNING | {"trainer"}), ("shared.bundle", LEARNING | SERVING), ("trainer.__main__", SERVING)],
 )
+@pytest.mark.slow
 def test_importing_leaves_the_other_side_out(module: str, absent: set[str]) -> None:
     """What third parties bring counts too, so a real interpreter is asked."""
     code = f"import {module}, sys; print(*{{name.split('.')[0] for name in sys.modules}})"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -82,6 +84,14 @@ def test_without_times_the_rule_is_off(bundle: Bundle) -> None:
     assert lists(table) == {"u": ["5", "6", "7"], "v": ["1", "2", "3"]}
     assert set(table["as_of"].to_list()) == {None}
     assert (excluded.unavailable, excluded.users_touched, excluded.future_in_lists) == (0, 0, 0)
+
+
+def test_without_times_items_that_are_withdrawn_or_over_stay_out() -> None:
+    gone: dict[str, dict[str, Any]] = {"5": {"withdrawn": True}, "7": {"available_until": BORN + 60 * DAY}}
+    items = tuple(replace(item, **gone.get(item.item_id, {})) for item in worlds.cyclic().items)
+    found, excluded = run(worlds.in_memory(worlds.cyclic(items=items)), dataset([("u", "4", 0)], has_times=False))
+    assert found == {"u": ["6", "8", "9"]}
+    assert (excluded.unavailable, excluded.users_touched, excluded.future_in_lists) == (2, 1, 2)
 
 
 def test_csv_and_parquet_hold_the_same(bundle: Bundle, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ POPULAR = {"popular": {"ndcg@10": 0.3}, "popular_30d": {"ndcg@10": 0.4}}
 def versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bundle its own name, even within one second."""
     numbers = count(1)
-    monkeypatch.setattr(module, "new_version", lambda _: f"v{next(numbers)}")
+    monkeypatch.setattr(module, "new_version", lambda: f"v{next(numbers)}")
 
 
 @pytest.fixture

@@ -64,7 +64,9 @@ Presets = Annotated[
 ]
 Models = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of trained models, folders in --runs.")]
 Runs = Annotated[Path, typer.Option(help="Folder of training runs.")]
-Bundles = Annotated[Path, typer.Option(envvar="UPNEXT_BUNDLES", help="Folder of published bundles; CURRENT in it names the live one.")]
+Bundles = Annotated[
+    Path, typer.Option(envvar="UPNEXT_BUNDLES", help="Folder of bundles; CURRENT in it names the live one.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Publish even if popularity or the live bundle is better.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training.")]
 Which = Annotated[Fit, typer.Option("--fit", help="split: held-out events stay unseen. all: every event.")]

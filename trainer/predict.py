@@ -34,9 +34,8 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
 
     `as_of` is null where the data has no times.
     """
-    model, everything = bundle.models[name], Availability.open(len(bundle.catalogue))
-    # Data without times has no "the user's last event": the rule is off, and what was ever popular counts.
-    rule = Availability.of(bundle.catalogue) if dataset.has_times else everything
+    model, rule = bundle.models[name], Availability.of(bundle.catalogue)
+    everything = Availability.open(len(bundle.catalogue))
     mapped = _to_bundle(bundle, dataset)
     rows: list[pl.DataFrame] = []
     unavailable = touched = replaced = lonely = 0
@@ -46,6 +45,7 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
             continue
         item = mapped[lo:hi]
         history, seen = item[dataset.feeds[lo:hi] & (item > 0)], np.unique(item[dataset.seen[lo:hi] & (item > 0)])
+        # Without times there is no "then": all items count that are not over or withdrawn.
         as_of = int(dataset.timestamp[hi - 1]) if dataset.has_times else END - 1
         scope = Scope(rule, as_of, seen)
         hidden = items_hidden(rule, as_of)

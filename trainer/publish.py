@@ -71,7 +71,7 @@ def write_bundle(
         )  # fmt: skip
     manifest = Manifest(
         schema_version=1,
-        version=new_version(info.fingerprint),
+        version=new_version(),
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         data=info,
         history_policy=dataset.policy,

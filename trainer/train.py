@@ -238,10 +238,6 @@ class _EpochBatches(Callback):
     def __init__(self, data: Batches) -> None:
         self.data = data
 
-    def on_load_checkpoint(self, _trainer: pl.Trainer, _module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        # After a resume Lightning takes the first batches before it says that an epoch starts.
-        self.data.epoch = int(checkpoint["epoch"]) + 1
-
     def on_train_epoch_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         self.data.epoch = trainer.current_epoch
 

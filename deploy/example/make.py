@@ -1,4 +1,7 @@
-"""Write the example shop: `python deploy/example/make.py`. Made up; customers walk along shelves, so there is an order to learn."""
+"""Write the example shop: `python deploy/example/make.py`.
+
+Made up. Customers walk along shelves, so there is an order to learn.
+"""
 
 import csv
 import random
@@ -49,13 +52,13 @@ def events(products: list[dict[str, str]], rng: random.Random) -> list[dict[str,
                 if not product["listed_at"] <= at.isoformat() < (product["delisted_at"] or "9"):
                     continue
                 actions = ["view"] + (["cart", "purchase"] if rng.random() < 0.3 else [])
-                for action in actions:
-                    rows.append(
-                        {
-                            "customer": f"c{customer}", "sku": product["sku"], "action": action,
-                            "price": f"{rng.randint(5, 90)}.90" if action == "purchase" else "", "at": at.isoformat(),
-                        }
-                    )  # fmt: skip
+                rows += [
+                    {
+                        "customer": f"c{customer}", "sku": product["sku"], "action": action,
+                        "price": f"{rng.randint(5, 90)}.90" if action == "purchase" else "", "at": at.isoformat(),
+                    }
+                    for action in actions
+                ]  # fmt: skip
     return sorted(rows, key=lambda r: r["at"])
 
 
