@@ -34,12 +34,13 @@ What next, for a user, from the order of what they did.
 2. Ask `GET /recommend/{user_id}`: items that exist, that the user has not seen, best first.
 3. Keep items up to date with `PUT /items/{item_id}`; a withdrawn item is gone from all answers at once.
 
-**Ids** are your own strings of `A-Z a-z 0-9 _ . : @ + = ~ | -`, up to 256 characters.
-**Times** are RFC 3339 with an offset, `2026-11-21T10:00:00Z`; a time without one is an error.
-**Unknown parameters and fields** are errors, never silently ignored.
-**Errors** are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) `application/problem+json` with a stable `type`;
-a 503 says in `Retry-After` when to come back. Every response carries `X-Request-Id`: send your own, or use ours
-when you report a problem. `Server-Timing` tells where the time went.
+- **Ids** are your own strings of `A-Z a-z 0-9 _ . : @ + = ~ | -`, up to 256 characters.
+- **Times** are RFC 3339 with an offset, `2026-11-21T10:00:00Z`; a time without one is an error.
+- **Unknown parameters and fields** are errors, never silently ignored.
+- **Errors** are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) `application/problem+json` with a stable `type`;
+  a 503 says in `Retry-After` when to come back.
+- Every response carries `X-Request-Id`: send your own, or use ours when you report a problem. `Server-Timing` tells
+  where the time went.
 """
 
 TAGS: Final = [
