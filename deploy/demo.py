@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any, Final
 
 PRESETS: Final = ("sasrec-quick", "bert4rec-quick")
+PLACES: Final = {"UPNEXT_BUNDLES": "bundles", "UPNEXT_DATABASE_URL": "sqlite:///var/upnext.db"}
+"""The demo's own, whatever is set for other work in the same terminal."""
 HOST: Final = "127.0.0.1"
 USER: Final = "42"
 START_SECONDS: Final = 60
+STOP_SECONDS: Final = 15
 
 
 def main() -> int:
@@ -41,7 +44,7 @@ def main() -> int:
         return 1
     step("Starting Redis and the service")
     # Without the log line of each request, which would run into what is printed here.
-    environment = {"UPNEXT_LOG_LEVEL": "warning", **os.environ, "UPNEXT_PORT": str(port)}
+    environment = {"UPNEXT_LOG_LEVEL": "warning", **os.environ, **PLACES, "UPNEXT_PORT": str(port)}
     service = subprocess.Popen([sys.executable, "-m", "service"], env=environment)
     # Ctrl-C reaches both processes; the service stops what it started, and the demo waits for it.
     signal.signal(signal.SIGTERM, lambda *_: service.terminate())
@@ -76,7 +79,16 @@ def step(text: str) -> None:
 
 def python(*words: str) -> bool:
     """Run `python -m words`; whether it went well."""
-    return subprocess.run([sys.executable, "-m", *words], check=False).returncode == 0
+    process = subprocess.Popen([sys.executable, "-m", *words], env={**os.environ, **PLACES})
+    try:
+        return process.wait() == 0
+    except KeyboardInterrupt:  # it has got the Ctrl-C too, and stops in its own way
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
 
 
 def wait_until_ready(service: subprocess.Popen[bytes], port: int) -> bool:

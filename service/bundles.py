@@ -14,8 +14,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,6 +35,9 @@ from shared.times import now, render_bound
 
 log = logging.getLogger(__name__)
 
+FIRST_RETRY: Final = 5.0
+LAST_RETRY: Final = 300.0
+"""Seconds before a bundle that could not be loaded is tried again; doubled each time."""
 HOW_TO_PUBLISH = "train and publish one: python -m trainer run"
 
 
@@ -50,7 +55,7 @@ class Serving:
 
     def apply(self, changes: Iterable[ItemChange]) -> None:
         """Put item changes in force, for every request from here on."""
-        changes = list(changes)
+        changes = [change for change in changes if self.obeys(change)]
         if not changes:
             return
         for change in changes:
@@ -58,6 +63,10 @@ class Serving:
             if change.title is not None:
                 self._titles[change.item_id] = change.title
         self.availability = self.availability.changed(self.bundle.catalogue, changes)
+
+    def obeys(self, change: ItemChange) -> bool:
+        """Whether a change counts beside this bundle: a loaded row gives way to what the bundle knows of the item."""
+        return not change.loaded or change.item_id not in self.bundle.catalogue.index_by_id
 
     def describe(self, index: ItemIndex) -> tuple[ItemId, str | None, str | None]:
         """Item id, title and `available_from` (RFC 3339, None when open) of an item index."""
@@ -90,6 +99,8 @@ class Live:
         self.catalogue_read = False  # at least once
         self._changes: dict[ItemId, ItemChange] = {}  # newest change of each item, for the next bundle
         self._attempted: str | None = None  # what CURRENT held when it was last acted on
+        self._retry_at = inf  # when a version that could not be loaded is tried again (monotonic seconds)
+        self._retry_after = FIRST_RETRY
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Live:
@@ -162,9 +173,11 @@ class Live:
             if self._attempted != str(error):
                 self._failed(str(error), error)
             return
-        if version == self._attempted:
+        if version == self._attempted and time.monotonic() < self._retry_at:
             return
-        self._attempted = version
+        if version != self._attempted:
+            self._retry_after = FIRST_RETRY
+        self._attempted, self._retry_at = version, inf
         if version is None or (self.serving and version == self.serving.bundle.version):
             self.bundle_failure = None if version else f"{folder / CURRENT} does not exist"
             return
@@ -172,6 +185,9 @@ class Live:
         try:
             serving = await asyncio.to_thread(_load, folder / version, self.settings.retrieval, held)
         except Exception as error:  # whatever is wrong with it, the old one is better than none
+            # Perhaps its files are still on their way: shared file systems and object stores show a folder bit by bit.
+            self._retry_at = time.monotonic() + self._retry_after
+            self._retry_after = min(2 * self._retry_after, LAST_RETRY)
             self._failed(version, error)
             return
         # Changes that came while it was loading; the awaits are over, so none can slip in between.
@@ -181,9 +197,11 @@ class Live:
         log.info("bundle is live", extra={"fields": {"version": version}})
 
     def _failed(self, attempted: str, error: Exception) -> None:
-        self._attempted, self.bundle_failure = attempted, str(error) or type(error).__name__
+        reason, known = str(error) or type(error).__name__, self.bundle_failure
+        self._attempted, self.bundle_failure = attempted, reason
         self.metrics.load_failures.inc()
-        log.error("bundle cannot be served: %s", self.bundle_failure)
+        if reason != known:  # once, not with every try
+            log.error("bundle cannot be served: %s", reason)
 
 
 def _load(path: Path, mode: Mode, changes: Mapping[ItemId, ItemChange]) -> Serving:

@@ -63,12 +63,17 @@ class LiveCatalogue:
             "available_from": available_from,
             "available_until": available_until,
             "withdrawn": withdrawn,
+            "loaded": False,
         }
-        return await self._upsert(item_id, fields, fields)
-
-    async def withdraw(self, item_id: ItemId) -> ItemChange:
-        """Mark the item as withdrawn, whatever else its row says; makes a row where there is none."""
-        return await self._upsert(item_id, {"categories": null(), "withdrawn": True}, {"withdrawn": True})
+        with database_failures_as(CatalogueUnavailable):
+            async with self.engine.begin() as connection:
+                fields["revision"] = (await connection.execute(_NEXT)).scalar_one()
+                statement = (
+                    self._upsert_into.values(item_id=item_id, **fields)
+                    .on_conflict_do_update(index_elements=[items.c.item_id], set_=fields)
+                    .returning(*_COLUMNS)
+                )
+                return _change((await connection.execute(statement)).one())
 
     async def changes_since(self, revision: int) -> tuple[int, list[ItemChange]]:
         """The catalogue's revision, and all rows changed after `revision`, oldest change first.
@@ -81,17 +86,6 @@ class LiveCatalogue:
                 current: int = (await connection.execute(select(catalogue_revision.c.revision))).scalar_one()
                 rows = (await connection.execute(query)).all() if current != revision else []
         return current, [_change(row) for row in rows]
-
-    async def _upsert(self, item_id: ItemId, fresh: dict[str, Any], changed: dict[str, Any]) -> ItemChange:
-        with database_failures_as(CatalogueUnavailable):
-            async with self.engine.begin() as connection:
-                revision = (await connection.execute(_NEXT)).scalar_one()
-                statement = (
-                    self._upsert_into.values(item_id=item_id, revision=revision, **fresh)
-                    .on_conflict_do_update(index_elements=[items.c.item_id], set_=changed | {"revision": revision})
-                    .returning(*_COLUMNS)
-                )
-                return _change((await connection.execute(statement)).one())
 
 
 def _change(row: Any) -> ItemChange:

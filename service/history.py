@@ -448,9 +448,14 @@ class HistoryStore:
         commands = [self._append(user_id, rows, policy) for user_id, rows in by_user.items() if user_id not in dirty]
         return await self._change(by_user, commands, drop=dirty)
 
-    async def forget(self, user_id: str) -> None:
-        """Drop the user's entry. If Redis fails, this process does not read it before it is dropped."""
-        await self.drop([user_id])
+    async def read_whole(self, user_id: str, policy: HistoryPolicy, as_of: int | None = None) -> UserHistory:
+        """Like `read`, from the log and with the whole sequence. Raises HistoryUnavailable."""
+        return (await self._logged(user_id, policy, as_of, whole=True)).history("log")
+
+    async def drop_dirty(self) -> None:
+        """Drop the entries that may lack an event acknowledged here, so that other workers do not read them either."""
+        if self._dirty:
+            await self.drop(list(self._dirty))
 
     async def drop(self, user_ids: Iterable[str]) -> bool:
         """Drop entries, so that the next reads rebuild them; True if Redis took all of it."""
@@ -537,7 +542,9 @@ class HistoryStore:
                 await self._line.ask([_script(COMPLETE, user_id, mine, *entry.encode(fingerprint), ttl)])
         return entry
 
-    async def _logged(self, user_id: str, policy: HistoryPolicy, as_of: int | None = None) -> _Entry:
+    async def _logged(
+        self, user_id: str, policy: HistoryPolicy, as_of: int | None = None, *, whole: bool = False
+    ) -> _Entry:
         """The entry as the log has it now. Raises HistoryUnavailable."""
         columns = (events.c.seq, events.c.item_id, events.c.event_type, events.c.value, events.c.timestamp)
         query = select(*columns).where(events.c.user_id == user_id).order_by(events.c.timestamp, events.c.seq)
@@ -546,7 +553,7 @@ class HistoryStore:
         with database_failures_as(HistoryUnavailable):
             async with self.engine.connect() as connection:
                 rows = (await connection.execute(query)).all()
-        return _entry_of(rows, policy, self.window)
+        return _entry_of(rows, policy, len(rows) if whole else self.window)
 
 
 def _entry_of(rows: Sequence[Any], policy: HistoryPolicy, window: int) -> _Entry:
@@ -566,7 +573,8 @@ def _entry_of(rows: Sequence[Any], policy: HistoryPolicy, window: int) -> _Entry
         ),
         policy,
     )
-    feeding = np.flatnonzero(history.feeds)[-window:]  # (L,)
+    feeding = np.flatnonzero(history.feeds)  # (L,)
+    feeding = feeding[max(len(feeding) - window, 0) :]
     records = np.empty(len(feeding), _RECORD)
     records["timestamp"] = history.timestamp[feeding]
     records["tag"] = np.array(seq, np.int64)[feeding] * 2 + history.seen[feeding]

@@ -197,6 +197,7 @@ class EventLog:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             try:
+                await self.histories.drop_dirty()
                 await self.flush()
                 if loop.time() >= sweep_at:
                     sweep_at = loop.time() + SWEEP_SECONDS

@@ -13,6 +13,7 @@ A user about whom nothing is known gets what was popular at `as_of`, through the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -26,7 +27,7 @@ from shared.bundle import Model
 from shared.encoder import Vectors
 from shared.events import HistoryPolicy, IntArray, ItemId, first_of_repeats, item_keys
 from shared.retrieval import Retrieval, Scope
-from shared.times import now
+from shared.times import UNDATED, now
 
 AsOf: TypeAlias = int | Literal["last_event"] | None
 Strategy = Literal["sequence", "popular", "degraded"]
@@ -113,6 +114,11 @@ class Recommender:
         with trace.stage("read"):
             reading = await self.read(question, serving.bundle.policy)
         sequence, banned = places(question, reading, serving)
+        if len(sequence) < model.info.encoder.max_length and self.is_cut(reading):
+            # The cached window is full of items this bundle does not know; those it knows lie further back.
+            with trace.stage("read"):
+                reading = await self.read_whole(question, reading, serving.bundle.policy)
+            sequence, banned = places(question, reading, serving)
         scope = Scope(serving.availability, reading.as_of, banned)
         if not len(sequence):
             return respond(question, reading, serving, model, popular(question, scope, serving))
@@ -147,13 +153,26 @@ class Recommender:
             return Reading(_NOBODY, "none", moment(asked, None, _IN_QUERY), readable=False)
         return Reading(history, history.source, moment(asked, history.newest, _IN_QUERY))
 
+    def is_cut(self, reading: Reading) -> bool:
+        """Whether the history read is only the newest part of a longer one."""
+        return reading.source in ("cache", "log") and len(reading.history.items) >= self.histories.window
+
+    async def read_whole(self, question: Question, reading: Reading, policy: HistoryPolicy) -> Reading:
+        """The same history from its first event on; as it was where the log cannot be read."""
+        assert question.user_id is not None  # noqa: S101
+        cut = question.as_of if isinstance(question.as_of, int) else None
+        with suppress(HistoryUnavailable):
+            whole = await self.histories.read_whole(question.user_id, policy, cut)
+            return Reading(whole, whole.source, reading.as_of)
+        return reading
+
 
 def moment(asked: AsOf, newest: int | None, place: Fault) -> int:
     """The time that items are judged at; `place` is where the request has its `as_of`."""
     if asked != "last_event":
         return now() if asked is None else asked
-    if newest is None:
-        fault = "There is no event whose time last_event could mean"
+    if newest is None or newest < UNDATED:
+        fault = "There is no event with a time that last_event could mean"
         raise Invalid(f"as_of: {fault}", [place | {"detail": fault}])
     return newest
 

@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
+import hnswlib
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,7 +37,7 @@ from shared.catalogue import Catalogue, CatalogueError, Item
 from shared.encoder import Encoder, EncoderSpec, Vectors
 from shared.events import HistoryPolicy
 from shared.popularity import Popularity
-from shared.retrieval import Mode, Retriever, build_index, load_index
+from shared.retrieval import Mode, Retriever, load_index
 from shared.times import BEGINNING, END, parse, render_bound
 
 SCHEMA_VERSION: Final = 1
@@ -81,7 +82,8 @@ class AvailabilityInfo(_Part):
     policy: Literal["first_event", "always"]
     declared: int
     from_first_event: int = Field(description="Nothing declared: the first training event counts.")
-    always: int = Field(description="Nothing declared and no event: exists since ever.")
+    always: int = Field(description="Nothing declared, and no rule or time to go by: exists since ever.")
+    from_data_end: int = Field(0, description="Nothing declared and no event: exists from the newest event on.")
     contradicted: int = Field(description="Declared later than the first event: the event counts.")
     events_before_declared: int = Field(description="Events that lie before the declared date of their item.")
 
@@ -93,8 +95,8 @@ class IndexInfo(_Part):
     m: int
     ef_construction: int
     ef: int
-    recall_at_10: float = Field(description="Share of the exact top 10 that HNSW alone finds.")
-    recall_at_100: float
+    recall_at_10: float | None = Field(description="Share of the exact top 10 that HNSW alone finds.")
+    recall_at_100: float | None = Field(description="Null where no held-out history could be asked.")
 
 
 class Parity(_Part):
@@ -112,6 +114,7 @@ class ModelInfo(_Part):
     kind: Literal["encoder"]
     encoder: EncoderSpec
     fit: Literal["split", "all"] = Field(description="Whether the weights saw the held-out events.")
+    epochs: int | None = Field(None, description="That these weights were trained for.")
     parity: Parity
     index: IndexInfo
     metrics: dict[str, Any] = Field(description="Figures of the split run: through the bundle, and torch's.")
@@ -341,13 +344,13 @@ def _read_items(file: Path) -> Iterator[Item]:
             )
 
 
-def write_model(folder: Path, name: str, onnx: bytes, vectors: Vectors, *, m: int, ef_construction: int) -> None:
-    """The three files of one model."""
+def write_model(folder: Path, name: str, onnx: bytes, vectors: Vectors, index: hnswlib.Index) -> None:
+    """The three files of one model; `index` holds the rows of `vectors` under their numbers."""
     target = folder / "models" / name
     target.mkdir(parents=True)
     (target / "encoder.onnx").write_bytes(onnx)
     np.save(target / "vectors.npy", np.ascontiguousarray(vectors, np.float32))
-    build_index(vectors, m=m, ef_construction=ef_construction).save_index(str(target / "index.hnsw"))
+    index.save_index(str(target / "index.hnsw"))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

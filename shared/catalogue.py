@@ -33,6 +33,17 @@ class Item:
     available_until: int = END  # epoch microseconds, exclusive
     withdrawn: bool = False
 
+    def changed(self, change: ItemChange) -> Item:
+        """The item with the fields that `change` sets."""
+        return Item(
+            item_id=self.item_id,
+            title=self.title if change.title is None else change.title,
+            categories=self.categories if change.categories is None else change.categories,
+            available_from=self.available_from if change.available_from is None else change.available_from,
+            available_until=self.available_until if change.available_until is None else change.available_until,
+            withdrawn=change.withdrawn,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ItemChange:
@@ -45,6 +56,7 @@ class ItemChange:
     available_until: int | None
     withdrawn: bool
     revision: int
+    loaded: bool = False  # from a file: what a bundle that knows the item says is newer and derived from more
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,12 @@ class Availability:
         return cls._with(starts[1:], starts, until, np.zeros(item_count + 1, bool))
 
     @classmethod
+    def starting(cls, catalogue: Catalogue, starts: IntArray) -> Availability:
+        """As the bundle has it, but for other `available_from` (N,), in index order."""
+        of = cls.of(catalogue)
+        return cls._with(of.numbering, np.concatenate(([END], starts)), of.available_until, of.withdrawn)
+
+    @classmethod
     def _with(cls, numbering: IntArray, starts: IntArray, until: IntArray, withdrawn: BoolArray) -> Availability:
         regular = (starts[1:] == numbering) & (until[1:] == END) & ~withdrawn[1:]
         return cls(numbering, starts, until, withdrawn, np.flatnonzero(~regular) + 1)
@@ -154,10 +172,8 @@ class Availability:
             index = catalogue.index_by_id.get(change.item_id)
             if index is None:
                 continue
-            item = catalogue[index]
-            starts[index] = item.available_from if change.available_from is None else change.available_from
-            until[index] = item.available_until if change.available_until is None else change.available_until
-            withdrawn[index] = change.withdrawn
+            item = catalogue[index].changed(change)
+            starts[index], until[index], withdrawn[index] = item.available_from, item.available_until, item.withdrawn
         return self._with(self.numbering, starts, until, withdrawn)
 
     def prefix(self, as_of: int) -> int:

@@ -28,6 +28,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
+    false,
     make_url,
 )  # fmt: skip
 from sqlalchemy.engine import URL
@@ -72,6 +73,13 @@ items = Table(
     Column("available_until", BigInteger),
     Column("withdrawn", Boolean, nullable=False),
     Column("revision", BigInteger, nullable=False, comment="of the whole catalogue, at this item's last change"),
+    Column(
+        "loaded",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="from a file, not by a call: gives way to the bundle",
+    ),
     Index(None, "revision"),
 )
 

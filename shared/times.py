@@ -13,6 +13,9 @@ DAY: Final = 86_400 * SECOND
 BEGINNING: Final = -(2**62)
 END: Final = 2**62
 
+UNDATED: Final = 10**12
+"""Timestamps below (before 12 January 1970) are places in a file: data without times has an order and no clock."""
+
 
 def now() -> int:
     """The current time in epoch microseconds."""

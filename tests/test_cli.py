@@ -264,6 +264,42 @@ def test_data_without_times_trains_with_the_rule_off_and_says_so(tmp_path: Path)
 # --- data list, data describe -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_without_held_out_events_it_publishes_without_metrics(tmp_path: Path) -> None:
+    events = [(f"u{n}", str((n + s) % 5 + 1), START + n * DAY + s) for n in range(30) for s in range(2)]
+    here = Place(tmp_path, preset(tmp_path, events_file(tmp_path / "events.csv", events)))
+    assert "nothing can be held out" in trainer("run", here.preset, *here.runs, *here.bundles)
+    found = here.live().manifest.models["circle"]
+    assert found.index.recall_at_10 is None
+    assert found.metrics["bundle"] == {}
+
+
+@pytest.mark.slow
+def test_resume_on_other_data_starts_anew(tmp_path: Path) -> None:
+    events = cyclic_events(ITEMS, users=60, longest=9)
+    here = Place(tmp_path, preset(tmp_path, events_file(tmp_path / "events.csv", events)))
+    trainer("run", here.preset, *here.runs, *here.bundles)
+    events_file(tmp_path / "events.csv", [(user, str(ITEMS + 1 - int(item)), at) for user, item, at in events])
+    trainer("train", here.preset, *here.runs)  # as if stopped after the split
+    trainer("run", here.preset, *here.runs, *here.bundles, "--resume")
+    bundle = here.live()
+    model = bundle.models["circle"]
+    (query,) = model.encoder.encode([bundle.catalogue.indices_of(["8", "7"])])
+    scores = model.retriever.vectors @ query
+    assert bundle.catalogue[int(scores.argmax()) + 1].item_id == "6", "the new data run the other way"
+
+
+@pytest.mark.slow
+def test_a_fit_on_everything_with_other_settings_than_the_measured_one_is_refused(place: Place, tmp_path: Path) -> None:
+    here = Place(tmp_path, place.preset)
+    trainer("train", here.preset, *here.runs, "training.epochs=1")
+    trainer("evaluate", "circle", *here.runs)
+    trainer("train", here.preset, "--fit", "all", "model.hidden_units=4", *here.runs)
+    trainer("export", "circle", *here.runs)
+    assert "other settings or data" in refused("publish", "circle", *here.runs, *here.bundles)
+    assert not (tmp_path / "bundles" / "CURRENT").exists()
+
+
 def test_data_list_names_sources_and_presets() -> None:
     said = trainer("data", "list")
     assert all(word in said for word in ("files", "sql", "ml-100k", "sasrec-quick", "bert4rec-quick"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trained import config
+from tests.trained import config, cyclic_events, dataset
 from trainer.config import PRESETS, ConfigError, RunConfig, load_config, preset_names
 from trainer.pipeline import Run, one_data
 
@@ -126,6 +126,6 @@ def test_models_of_one_name_cannot_share_a_bundle() -> None:
 def test_a_run_reads_back_the_settings_it_was_made_with(tmp_path: Path, source: dict[str, str] | None) -> None:
     made = config("bert4rec", data={"source": source} if source else {}, training={"lr": 0.5})
     run = Run.of(tmp_path, made.name, "split")
-    run.start(made, resume=False)
+    run.start(made, dataset(cyclic_events()), None, resume=False)
     assert run.config() == made
     assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0  # it may hold a password

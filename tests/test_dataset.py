@@ -67,26 +67,44 @@ def test_no_event_that_feeds_is_an_error_with_both_lists_of_types() -> None:
 
 def test_an_item_exists_from_its_date_or_its_first_event_whichever_is_earlier() -> None:
     events = [
-        ("u", "declared", 50),
-        ("u", "early", 40),
-        ("v", "early", 60),
-        ("u", "undeclared", 30),
-        ("v", "undeclared", 20),
+        ("u", "declared", START + 50),
+        ("u", "early", START + 40),
+        ("v", "early", START + 60),
+        ("u", "undeclared", START + 30),
+        ("v", "undeclared", START + 20),
     ]
     items: list[dict[str, Any]] = [
-        {"item_id": "declared", "available_from": 10},
-        {"item_id": "early", "available_from": 45},
+        {"item_id": "declared", "available_from": START + 10},
+        {"item_id": "early", "available_from": START + 45},
         {"item_id": "unused"},
-        {"item_id": "coming", "available_from": 99, "available_until": 200, "withdrawn": True},
+        {"item_id": "coming", "available_from": START + 99, "available_until": START + 200, "withdrawn": True},
     ]
     data = dataset(events, items)
-    starts = {i.item_id: i.available_from for i in data.catalogue.items}
-    assert starts == {"declared": 10, "early": 40, "undeclared": 20, "unused": BEGINNING, "coming": 99}
+    starts = {i.item_id: i.available_from - START for i in data.catalogue.items}
+    # Nobody knows when an item without date and event began: the end of the data is in nobody's future.
+    assert starts == {"declared": 10, "early": 40, "undeclared": 20, "unused": 60, "coming": 99}
     coming = data.catalogue.items[-1]
-    assert (coming.available_until, coming.withdrawn) == (200, True)
+    assert (coming.available_until, coming.withdrawn) == (START + 200, True)
     info = data.availability
-    assert (info.declared, info.from_first_event, info.always) == (3, 1, 1)
+    assert (info.declared, info.from_first_event, info.from_data_end, info.always) == (3, 1, 1, 0)
     assert (info.contradicted, info.events_before_declared) == (1, 1)
+
+
+def test_events_without_a_clock_date_no_item() -> None:
+    """Loaded from a file without times, they hold their place in it; newer events have times."""
+    events = [("u", "a", 0), ("u", "b", 1), ("u", "c", 2), ("u", "c", START)]
+    data = dataset(events, [{"item_id": "b", "available_from": START + 9}])
+    starts = {i.item_id: i.available_from for i in data.catalogue.items}
+    assert starts == {"a": BEGINNING, "b": START + 9, "c": START}
+
+
+def test_the_rule_of_the_split_knows_no_held_out_event() -> None:
+    events = [*(("u", i, START + n) for n, i in enumerate("abcd")), ("v", "c", START + 50)]
+    rule = leave_one_out(data := dataset(events, [{"item_id": "d", "available_from": START + 99}])).rule
+    there = {i.item_id: bool(rule.allowed(np.array([n]), START + 60)[0]) for n, i in enumerate(data.catalogue.items, 1)}
+    assert there == {"a": True, "b": True, "c": True, "d": False}
+    at = {i.item_id: int(rule.available_from[n]) - START for n, i in enumerate(data.catalogue.items, 1)}
+    assert (at["c"], at["d"]) == (50, 99), "u's events on c and d are held out"
 
 
 def test_with_the_policy_always_events_do_not_date_items() -> None:

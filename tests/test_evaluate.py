@@ -190,7 +190,8 @@ def test_a_model_of_the_circle_knows_what_comes_next(kind: Kind) -> None:
 def test_torch_and_bundle_have_the_same_metrics(kind: Kind) -> None:
     found = world(kind)
     by_torch = evaluate_torch(found.fitted.encoder, found.config, found.split.test)
-    served = evaluate_served(found.split.test, found.bundle.models[kind].encoder, found.bundle.models[kind].retriever)
+    model = found.bundle.models[kind]
+    served = evaluate_served(found.split.test, model.encoder, model.retriever, found.split.rule)
     for name in ("hr@5", "hr@20", "ndcg@10"):
         assert served[name] == pytest.approx(by_torch[name], abs=1e-9)
 
@@ -252,7 +253,8 @@ def test_answers_at_a_time_hold_no_item_that_does_not_exist_then() -> None:
 
 
 def test_what_the_availability_rule_touches_is_counted() -> None:
-    found = evaluate_served(leave_one_out(changing()).test, *circle_model())
+    split = leave_one_out(changing())
+    found = evaluate_served(split.test, *circle_model(), split.rule)
     assert found["cases"] == 3
     rule = found["availability_rule"]
     # Day 3: 4, 5, 6 are not there; day 5: 2 is over, 4 withdrawn, 6 not yet born; day 9: 2 over, 4 withdrawn.
@@ -266,7 +268,8 @@ def test_what_the_availability_rule_touches_is_counted() -> None:
 
 
 def test_without_times_the_rule_is_off() -> None:
-    found = evaluate_served(leave_one_out(changing(has_times=False)).test, *circle_model())
+    split = leave_one_out(changing(has_times=False))
+    found = evaluate_served(split.test, *circle_model(), split.rule)
     rule = found["availability_rule"]
     assert (rule["targets_hidden"], rule["users_touched"], rule["items_hidden_mean"]) == (0, 0, 0.0)
     assert rule["ndcg@10"] == found["ndcg@10"]

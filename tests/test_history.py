@@ -192,10 +192,10 @@ async def test_an_entry_of_another_policy_does_not_count(
     assert_equal(await histories.read("u", other), expected(await stored(engine), other))
 
 
-async def test_forget_drops_the_entry(redis_server: RedisServer, event_log: EventLog, histories: HistoryStore) -> None:
+async def test_drop_drops_the_entry(redis_server: RedisServer, event_log: EventLog, histories: HistoryStore) -> None:
     await event_log.append([event("a")], POLICY, NOW)
     await histories.read("u", POLICY)
-    await histories.forget("u")
+    await histories.drop(["u"])
     assert redis_server.keys() == []
 
 
@@ -356,13 +356,13 @@ class PausedStore(HistoryStore):
         self.after: Callable[[], Awaitable[None]] | None = None
         self.logged = 0
 
-    async def _logged(self, *arguments: Any) -> Any:
+    async def _logged(self, *arguments: Any, **options: Any) -> Any:
         self.logged += 1
         before, self.before = self.before, None
         after, self.after = self.after, None
         if before is not None:
             await before()
-        entry = await super()._logged(*arguments)
+        entry = await super()._logged(*arguments, **options)
         if after is not None:
             await after()
         return entry
@@ -617,8 +617,29 @@ async def test_without_redis_and_sql_it_is_history_unavailable(tmp_path: Path) -
     async with store_on(f"unix://{tmp_path / 'nothing'}", engine) as histories:
         with pytest.raises(HistoryUnavailable):
             await histories.read("u", POLICY)
-        await histories.forget("u")
+        assert not await histories.drop(["u"])
     await engine.dispose()
+
+
+async def test_what_lies_behind_the_window_is_read_from_the_log(sqlite_engine: AsyncEngine, redis: Redis) -> None:
+    histories = HistoryStore(redis, sqlite_engine, window=2)
+    await EventLog(sqlite_engine, histories).append([event(i, n) for n, i in enumerate("abcd")], POLICY, NOW)
+    assert list((await histories.read("u", POLICY)).items) == keys("c", "d")
+    whole = await histories.read_whole("u", POLICY)
+    assert (list(whole.items), whole.source) == (keys("a", "b", "c", "d"), "log")
+
+
+async def test_an_entry_that_missed_an_event_is_dropped_for_other_workers_too(
+    redis_of_test: RedisServer, sqlite_engine: AsyncEngine
+) -> None:
+    async with store_on(redis_of_test.url, sqlite_engine) as mine, store_on(redis_of_test.url, sqlite_engine) as other:
+        await EventLog(sqlite_engine, mine).append([event("a")], POLICY, NOW)
+        await other.read("u", POLICY)
+        mine._line.failed, mine._line.paused_until = True, float("inf")  # as after a timeout a moment ago
+        await EventLog(sqlite_engine, mine).append([event("b", 1)], POLICY, NOW)
+        mine._line.failed = False
+        await mine.drop_dirty()
+        assert list((await other.read("u", POLICY)).items) == keys("b", "a")
 
 
 async def test_a_client_of_another_make_is_refused(sqlite_engine: AsyncEngine) -> None:

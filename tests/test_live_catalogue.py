@@ -28,18 +28,21 @@ async def test_put_replaces_the_row_and_counts_up(catalogue: LiveCatalogue) -> N
     assert second == await catalogue.get("a") == ItemChange("a", None, (), None, None, True, 2)
 
 
-async def test_withdraw_keeps_the_rest_and_makes_a_row_where_needed(catalogue: LiveCatalogue) -> None:
-    await catalogue.put("a", title="A", categories=("genre:x",))
-    assert await catalogue.withdraw("a") == ItemChange("a", "A", ("genre:x",), None, None, True, 2)
-    assert await catalogue.withdraw("b") == await catalogue.get("b") == ItemChange("b", None, None, None, None, True, 3)
-
-
 async def test_fields_left_out_are_null_in_sql(catalogue: LiveCatalogue, engine: AsyncEngine) -> None:
     await catalogue.put("a")
-    await catalogue.withdraw("b")
     async with engine.connect() as connection:
         query = select(func.count()).select_from(items).where(items.c.categories.is_(None))
-        assert (await connection.execute(query)).scalar_one() == 2
+        assert (await connection.execute(query)).scalar_one() == 1
+
+
+async def test_a_loaded_row_says_so_until_a_call_changes_it(catalogue: LiveCatalogue, engine: AsyncEngine) -> None:
+    row = {"item_id": "a", "title": "A", "withdrawn": False, "revision": 1, "loaded": True}
+    async with engine.begin() as connection:
+        await connection.execute(items.insert(), [row])
+    loaded = await catalogue.get("a")
+    assert loaded is not None
+    assert loaded.loaded
+    assert not (await catalogue.put("a", title="B")).loaded
 
 
 async def test_changes_since_a_revision(catalogue: LiveCatalogue) -> None:
@@ -82,7 +85,7 @@ async def test_a_follower_misses_no_change_of_concurrent_writers(catalogue: Live
 async def test_a_database_that_fails_is_catalogue_unavailable(tmp_path: Path) -> None:
     engine = create_engine(f"postgresql://u@/db?host={tmp_path}")
     catalogue = LiveCatalogue(engine)
-    for call in (catalogue.get("a"), catalogue.put("a"), catalogue.withdraw("a"), catalogue.changes_since(0)):
+    for call in (catalogue.get("a"), catalogue.put("a"), catalogue.changes_since(0)):
         with pytest.raises(CatalogueUnavailable):
             await call
     await engine.dispose()

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from shared.bundle import Bundle, BundleError, current_version, read_manifest
-from shared.retrieval import load_index
 from tests.trained import ITEMS, World, unchanged, world
 from trainer import publish as module
 from trainer.config import IndexConfig
 from trainer.pipeline import baseline
-from trainer.publish import PublishRefusedError, check_gate, publish, write_index
+from trainer.publish import PublishRefusedError, check_gate, index_of, publish, self_recall
 
 POPULAR = {"popular": {"ndcg@10": 0.3}, "popular_30d": {"ndcg@10": 0.4}}
 
@@ -129,7 +128,7 @@ def test_the_real_model_passes_the_real_gate(tmp_path: Path, circle: World) -> N
     assert current_version(tmp_path) == target.name
 
 
-def test_write_index_makes_a_file_that_finds_its_own_vectors(tmp_path: Path, circle: World) -> None:
-    file = tmp_path / "index.hnsw"
-    assert write_index(circle.exported, IndexConfig(), file) == 1.0
-    assert load_index(str(file), 32, ef=50).get_current_count() == ITEMS
+def test_an_index_finds_the_vectors_it_was_made_of(circle: World) -> None:
+    index = index_of(circle.exported, IndexConfig())
+    assert index.get_current_count() == ITEMS
+    assert self_recall(circle.exported, index) == 1.0

@@ -9,7 +9,10 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from service.history import HistoryStore
+from service.ingest import EventLog, NewEvent
 from shared.database import catalogue_revision, create_engine, events, items
+from shared.events import HistoryPolicy, item_keys
 from tests.trained import START, Row, TypedRow, raw
 from trainer import seed
 from trainer.seed import seed_log
@@ -72,6 +75,31 @@ async def test_items_that_the_catalogue_has_keep_what_it_says(engine: AsyncEngin
     await load(engine, source())
     found = await rows(engine, select(items.c.item_id, items.c.title, items.c.withdrawn).order_by(items.c.item_id))
     assert found == [("a", "kept", False), ("b", None, True)]
+
+
+async def test_a_later_load_brings_loaded_items_up_to_date(engine: AsyncEngine) -> None:
+    await load(engine, source())
+    await load(engine, raw(EVENTS, [{"item_id": "a", "title": "A2", "withdrawn": True}]))
+    found = await rows(engine, select(items.c.item_id, items.c.title, items.c.withdrawn, items.c.loaded))
+    assert sorted(found) == [("a", "A2", True, True), ("b", None, True, True)]
+
+
+async def test_ids_come_from_content_so_that_another_export_of_the_table_adds_what_is_new(engine: AsyncEngine) -> None:
+    assert await load(engine, raw([*EVENTS, EVENTS[0]])) == len(EVENTS) + 1, "equal events are events of their own"
+    assert await load(engine, raw([*EVENTS[1:], EVENTS[0], ("w", "a", START)])) == 1
+    assert await load(engine, raw([("x", "a", START)])) == 1, "another file of the same name"
+
+
+async def test_a_running_service_reads_loaded_users_anew(
+    engine: AsyncEngine, histories: HistoryStore, event_log: EventLog
+) -> None:
+    await event_log.append([NewEvent(None, "u", "z", "view", timestamp=START - 1)], HistoryPolicy(), START)
+    await histories.read("u", HistoryPolicy())
+    assert (await histories.read("u", HistoryPolicy())).source == "cache"
+    await load(engine, source())
+    assert await event_log.settle() == 2  # u and v
+    found = await histories.read("u", HistoryPolicy())
+    assert found.items.tolist() == item_keys(["z", "a", "b", "a"]).tolist()
 
 
 async def test_a_follower_of_the_catalogue_sees_the_load(engine: AsyncEngine) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from shared import times
 from shared.bundle import MANIFEST, point_current
+from shared.database import catalogue_revision, items
 from tests.servers import RedisServer
 from tests.serving import Running, assert_problem, ids_of, json_of, serving, until
 from tests.worlds import circle, cyclic, write_bundle
@@ -93,6 +95,36 @@ async def test_a_bundle_whose_numbers_are_not_finite_is_not_served(tmp_path: Pat
         write_bundle(upnext.settings.bundles, broken, version="nan")
         await until(lambda: upnext.services.live.bundle_failure is not None)
         assert "not finite" in str(upnext.services.live.bundle_failure)
+
+
+async def test_a_bundle_whose_files_arrive_late_goes_live(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.bundles.FIRST_RETRY", 0.05)
+    async with serving(tmp_path, redis_server, cyclic(), **QUICK) as upnext:
+        bundles = upnext.settings.bundles
+        late = write_bundle(bundles, cyclic(13), version="late", current=False)
+        late.rename(bundles / "on-its-way")
+        point_current(bundles, "late")
+        await until(lambda: upnext.services.live.bundle_failure is not None)
+        (bundles / "on-its-way").rename(late)
+        await until(lambda: upnext.services.live.now_serving().bundle.version == "late")
+        assert upnext.services.live.bundle_failure is None
+
+
+async def test_a_loaded_row_gives_way_to_the_bundle_and_a_call_does_not(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    async with serving(tmp_path, redis_server, cyclic(), **QUICK) as upnext:
+        later = {"title": "loaded", "available_from": times.now() + times.DAY, "withdrawn": False, "loaded": True}
+        async with upnext.services.catalogue.engine.begin() as connection:
+            await connection.execute(catalogue_revision.update().values(revision=9))
+            await connection.execute(items.insert(), [{"item_id": "2", "revision": 9, **later}])
+        await until(lambda: upnext.services.live.revision == 9)
+        assert (await upnext.bring(["1"], n=1))["items"][0]["title"] == "Item 2"
+        assert json_of(await upnext.http.get("/items/2"))["title"] == "Item 2"
+        assert (await upnext.put("2", title="called"))["available_from"] == "2000-01-03T00:00:00Z"
+        assert (await upnext.bring(["1"], n=1))["items"][0]["title"] == "called"
 
 
 async def test_only_a_bad_bundle(tmp_path: Path, redis_server: RedisServer) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from service.bundles import Live, Serving
 from service.catalogue import LiveCatalogue
-from service.history import HistoryStore, UserHistory
+from service.history import WINDOW, HistoryStore, UserHistory
 from service.recommend import Brought, Question, Recommendation, Recommender
 from service.settings import Settings
 from service.telemetry import Metrics, Trace
@@ -34,7 +34,7 @@ class Remembered(HistoryStore):
     """Histories from a list of (item id, time)."""
 
     def __init__(self, events: Sequence[tuple[str, int]]) -> None:
-        self.events = sorted(events, key=lambda e: e[1])
+        self.events, self.window = sorted(events, key=lambda e: e[1]), WINDOW
 
     async def read(self, user_id: str, policy: HistoryPolicy, as_of: int | None = None) -> UserHistory:
         events = [e for e in self.events if as_of is None or e[1] <= as_of]

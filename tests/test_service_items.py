@@ -40,8 +40,14 @@ async def test_a_change_leaves_what_it_does_not_name(upnext: Running) -> None:
     assert json_of(await upnext.http.get("/items/2")) == shown
     first = (await upnext.bring(["1"], n=1))["items"][0]
     assert (first["item_id"], first["title"]) == ("2", "Two")
-    assert (await upnext.put("2"))["title"] == "Item 2"
-    assert (await upnext.bring(["1"], n=1))["items"][0]["title"] == "Item 2"
+    assert (await upnext.put("2"))["title"] == "Two"
+    assert (await upnext.bring(["1"], n=1))["items"][0]["title"] == "Two"
+    again = await upnext.put("2", available_until="2100-01-01T00:00:00Z")
+    assert (again["title"], again["categories"]) == ("Two", ["genre:A", "genre:B"])
+    assert again["available_from"] == "2000-01-03T00:00:00Z"
+    assert again["available_until"] == "2100-01-01T00:00:00Z"
+    late = await upnext.send("PUT", "/items/2", {"available_from": "2100-01-01T00:00:00Z"})
+    assert_problem(late, 422, "validation", "/available_until")
 
 
 async def test_withdrawn_items_are_gone_at_once_for_every_time(upnext: Running) -> None:
@@ -111,7 +117,7 @@ async def test_catalogue_down(upnext: Running, monkeypatch: pytest.MonkeyPatch) 
     async def down(*_: object, **__: object) -> None:
         raise CatalogueUnavailable("disk full")
 
-    for method in ("get", "put", "withdraw", "changes_since"):
+    for method in ("get", "put", "changes_since"):
         monkeypatch.setattr(upnext.services.catalogue, method, down)
     assert_problem(await upnext.http.get("/items/2"), 503, "catalogue_unavailable")
     assert_problem(await upnext.http.put("/items/2", json={}), 503, "catalogue_unavailable")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.history import HistoryUnavailable
+from service.history import WINDOW, HistoryUnavailable
 from shared.events import HistoryPolicy
 from shared.retrieval import Mode
 from shared.times import DAY, render
@@ -203,3 +203,12 @@ async def test_headers(upnext: Running) -> None:
     assert f'desc="{path}"' in response.headers["server-timing"]
     odd = await upnext.http.get("/recommend/u", headers={"X-Request-Id": "a b\x7f"})
     assert len(odd.headers["x-request-id"]) == 36
+
+
+async def test_known_items_behind_a_window_of_unknown_ones_count(upnext: Running) -> None:
+    await upnext.view("u", "1", "2", at="2000-02-01T00:00:00Z")
+    for start in range(0, WINDOW, 100):
+        await upnext.view("u", *(f"unknown-{n}" for n in range(start, min(start + 100, WINDOW))))
+    for _ in range(2):  # from the log, then from the cache
+        answer = await upnext.ask("u", n=1)
+        assert (answer["strategy"], answer["items"][0]["item_id"]) == ("sequence", "3")

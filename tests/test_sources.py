@@ -19,6 +19,7 @@ from sqlalchemy import create_engine, insert
 
 from shared import database
 from shared.events import is_id
+from shared.times import UNDATED
 from trainer.sources import (
     SOURCES,
     EmptySourceError,
@@ -589,9 +590,10 @@ def log(tmp_path: Path) -> Path:
         connection.execute(
             insert(database.events),
             [
-                event | {"seq": 9, "event_id": "e3", "user_id": "u1", "item_id": "a", "timestamp": 5},
-                event | {"seq": 2, "event_id": "e1", "user_id": "u1", "item_id": "b", "timestamp": 5, "value": 2.5},
-                event | {"seq": 5, "event_id": "e2", "user_id": "u2", "item_id": "a", "timestamp": 1},
+                event | {"seq": 9, "event_id": "e3", "user_id": "u1", "item_id": "a", "timestamp": UNDATED + 5},
+                event
+                | {"seq": 2, "event_id": "e1", "user_id": "u1", "item_id": "b", "timestamp": UNDATED + 5, "value": 2.5},
+                event | {"seq": 5, "event_id": "e2", "user_id": "u2", "item_id": "a", "timestamp": UNDATED + 1},
             ],
         )
         item = {"title": None, "available_from": None, "available_until": None, "categories": None, "withdrawn": False}
@@ -613,11 +615,31 @@ def test_sql_reads_the_log_in_order_of_arrival(log: Path, chunk_rows: int, drive
     raw = load("sql", url=f"{driver}:///{log}", chunk_rows=chunk_rows)
     check_frames(raw)
     assert raw.events.rows() == [
-        ("u1", "b", "view", 2.5, 5),
-        ("u2", "a", "view", None, 1),
-        ("u1", "a", "view", None, 5),
+        ("u1", "b", "view", 2.5, UNDATED + 5),
+        ("u2", "a", "view", None, UNDATED + 1),
+        ("u1", "a", "view", None, UNDATED + 5),
     ]
     assert raw.items.rows() == [("a", "A", ["genre:Drama"], 7, None, False), ("b", None, [], None, None, True)]
+
+
+def test_a_log_of_events_without_times_has_an_order_alone(log: Path) -> None:
+    engine = create_engine(f"sqlite:///{log}")
+    with engine.begin() as connection:
+        connection.execute(database.events.update().values(timestamp=database.events.c.timestamp - UNDATED))
+    engine.dispose()
+    raw = load("sql", url=f"sqlite:///{log}")
+    check_frames(raw)
+    assert not raw.has_times
+    assert raw.events["item_id"].to_list() == ["b", "a", "a"]
+    assert any("no times" in note for note in raw.report.notes)
+
+
+def test_text_beside_a_quoted_value_costs_its_line_alone(write: WriteFile) -> None:
+    write("train_ratings.csv", "user,item,time\n1,10,1230782529\n")
+    write("titles.tsv", 'item\ttitle\n10\t"Great" Cats (1998)\n20\tHeat (1995)\n30\tAn "odd" one\n')
+    raw = load("folder", path=str(write("years.tsv", "item\tyear\n").parent), max_bad_rows=0.5)
+    assert dict(raw.items.select("item_id", "title").rows()) == {"20": "Heat (1995)", "30": 'An "odd" one'}
+    assert any("text beside a quoted value" in table.bad for table in raw.report.items)
 
 
 def test_sql_reports_rows_by_seq(log: Path) -> None:

@@ -135,7 +135,7 @@ class World:
         measured = metrics(self.served())
         figures = measured if score is None else {**measured, "ndcg@10": score}
         settings = RunConfig.model_validate({**self.config.model_dump(), "publish": publish})
-        return Candidate(settings, self.exported, "split", {"bundle": figures})
+        return Candidate(settings, self.exported, "split", self.fitted.epochs, {"bundle": figures})
 
     def served(self) -> IntArray:
         """Ranks of the test cases through the bundle, (C,)."""
@@ -159,7 +159,7 @@ def world(kind: Kind) -> World:
     exported = export(fitted.encoder, settings)
     target = folder / "bundle"
     target.mkdir()
-    candidate = Candidate(settings, exported, "split", {})
+    candidate = Candidate(settings, exported, "split", fitted.epochs, {})
     write_bundle(target, data, split.popularity, {kind: candidate}, baseline(data, split), split.test)
     return World(data, split, settings, fitted, exported, Bundle.load(target))
 

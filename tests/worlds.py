@@ -110,7 +110,7 @@ def write_bundle(
         for name in world.models:
             table = circle(count) if world.tables is None else world.tables[name]
             onnx_bytes = encoder_bytes(table, asks_with_mask=name == "bert4rec")
-            bundles.write_model(staging, name, onnx_bytes, vectors, m=8, ef_construction=50)
+            bundles.write_model(staging, name, onnx_bytes, vectors, build_index(vectors, m=8, ef_construction=50))
         bundles.write_manifest(staging, manifest(world, version, vectors.shape[1]))
         path = bundles.seal(staging, folder, version)
     if current:

@@ -26,7 +26,7 @@ from trainer.export import ExportError, export
 from trainer.pipeline import Run
 from trainer.predict import check_table, write_table
 from trainer.predict import predict as predict_lists
-from trainer.publish import Fit, PublishRefusedError, write_index
+from trainer.publish import Fit, PublishRefusedError, index_of, self_recall
 from trainer.seed import seed_log
 from trainer.sources import SOURCES, RawData, SourceError, describe
 from trainer.train import TrainingError
@@ -171,11 +171,13 @@ def export_command(names: Models, runs: Runs = Path("runs"), fit: Which = "all")
 
 @app.command()
 def index(names: Models, runs: Runs = Path("runs"), fit: Which = "all") -> None:
-    """Build the HNSW index of an export beside its vectors, and say how well it finds them."""
+    """Build the HNSW index of an export beside its vectors, and say how well it finds them; `publish` takes it."""
     for name in names:
-        folder = Run.of(runs, name, fit)
-        recall = write_index(folder.exported(), folder.config().index, folder.folder / "export" / "index.hnsw")
-        say(f"{name}: {folder.folder / 'export' / 'index.hnsw'}; recall@10 {recall:.4f} on its own vectors")
+        one = Run.of(runs, name, fit)
+        exported = one.exported()
+        built = index_of(exported, one.config().index)
+        built.save_index(str(one.index_file))
+        say(f"{name}: {one.index_file}; recall@10 {self_recall(exported, built):.4f} on its own vectors")
 
 
 @app.command()
@@ -211,7 +213,10 @@ def predict(
     name = model or bundle.manifest.default_model
     if name not in bundle.models:
         raise BundleError(f"no model {name!r} in {version}; it has {', '.join(bundle.models)}")
-    table, excluded = predict_lists(bundle, dataset_of(configs_of(presets)[0]), name, k)
+    config = configs_of(presets)[0]
+    # Histories as the bundle's models were trained to read them, whatever the preset says.
+    data = config.data.model_copy(update={"history": bundle.policy})
+    table, excluded = predict_lists(bundle, dataset_of(config.model_copy(update={"data": data})), name, k)
     write_table(table, out)
     say(f"{out}: {table.height:,} rows for {excluded.users:,} users by {name} of {version}")
     say(

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 
 from shared.bundle import AvailabilityInfo, DataInfo
-from shared.catalogue import Catalogue, Item
+from shared.catalogue import Availability, Catalogue, Item
 from shared.events import BoolArray, Events, HistoryPolicy, IntArray, history_of
 from shared.popularity import Popularity
-from shared.times import BEGINNING, END, render
+from shared.times import BEGINNING, END, UNDATED, render
 from trainer.config import AvailabilityPolicy, DataConfig
 from trainer.sources import RawData, load_source
 
@@ -31,6 +31,7 @@ class Dataset:
 
     source: str
     catalogue: Catalogue
+    declared: IntArray  # (N,) declared `available_from`, END where there is none
     policy: HistoryPolicy
     users: tuple[str, ...]  # (U,) ids
     offsets: IntArray  # (U + 1,)
@@ -79,7 +80,9 @@ def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
         raise DatasetError("no event is left: check the source and data.source.min_interactions")
     if not raw.has_times:
         events = events.with_columns(timestamp=pl.int_range(pl.len(), dtype=pl.Int64))
-    catalogue, availability = _catalogue(events, raw.items, config.availability if raw.has_times else "always")
+    catalogue, declared, availability = _catalogue(
+        events, raw.items, config.availability if raw.has_times else "always"
+    )
     users = events["user_id"].unique().sort()
     kinds = events["event_type"].unique().sort()
     columns = Events(
@@ -103,6 +106,7 @@ def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
     return Dataset(
         source=raw.name,
         catalogue=catalogue,
+        declared=declared,
         policy=config.history,
         users=tuple(users),
         offsets=np.concatenate(([0], np.cumsum(counts))),
@@ -125,36 +129,46 @@ def _codes(column: pl.Series, values: pl.Series) -> IntArray:
 
 def _catalogue(
     events: pl.DataFrame, items: pl.DataFrame, policy: AvailabilityPolicy
-) -> tuple[Catalogue, AvailabilityInfo]:
+) -> tuple[Catalogue, IntArray, AvailabilityInfo]:
     """All items of the table and of the events, with the earlier of declared date and first event.
 
-    A release year is coarse and often wrong; an event proves that the item was there.
+    A release year is coarse and often wrong; an event proves that the item was there. Of an item without date and
+    event nobody knows when it began: it exists from the end of the data on, so that it is in nobody's future.
     """
-    first = events.group_by("item_id").agg(first=pl.col("timestamp").min())
-    rows = items.join(first, on="item_id", how="full", coalesce=True)
-    dated = events.join(items.select("item_id", "available_from"), on="item_id", how="left")
-    early = dated.filter(pl.col("timestamp") < pl.col("available_from")).height if policy == "first_event" else 0
-    tally = {"declared": 0, "from_first_event": 0, "always": 0, "contradicted": 0}
-    numbered = []
+    clocked = events.filter(pl.col("timestamp") >= UNDATED) if policy == "first_event" else events.clear()
+    first = events.select("item_id").unique().join(
+        clocked.group_by("item_id").agg(first=pl.col("timestamp").min()), on="item_id", how="left"
+    )  # fmt: skip
+    rows = items.join(first.with_columns(used=pl.lit(value=True)), on="item_id", how="full", coalesce=True)
+    dated = clocked.join(items.select("item_id", "available_from"), on="item_id", how="left")
+    tally = {"declared": 0, "from_first_event": 0, "always": 0, "from_data_end": 0, "contradicted": 0}
+    end = int(clocked["timestamp"].max()) if len(clocked) else BEGINNING  # type: ignore[arg-type]
+    numbered, declared_by_id = [], {}
     for row in rows.iter_rows(named=True):
-        declared, seen_first = row["available_from"], row["first"] if policy == "first_event" else None
+        declared, seen_first = row["available_from"], row["first"]
+        ends = END if row["available_until"] is None else row["available_until"]
         known = [t for t in (declared, seen_first) if t is not None]
+        unknown = BEGINNING if row["used"] else min(end, ends - 1)
         tally["declared"] += declared is not None
         tally["from_first_event"] += declared is None and seen_first is not None
-        tally["always"] += not known
+        tally["always"] += not known and unknown == BEGINNING
+        tally["from_data_end"] += not known and unknown != BEGINNING
         tally["contradicted"] += declared is not None and seen_first is not None and seen_first < declared
+        declared_by_id[row["item_id"]] = END if declared is None else declared
         numbered.append(
             Item(
                 item_id=row["item_id"],
                 title=row["title"],
                 categories=tuple(row["categories"] or ()),
-                available_from=min(known, default=BEGINNING),
-                available_until=END if row["available_until"] is None else row["available_until"],
+                available_from=min(known, default=unknown),
+                available_until=ends,
                 withdrawn=bool(row["withdrawn"]),
             )
         )
-    info = AvailabilityInfo(policy=policy, events_before_declared=early, **tally)
-    return Catalogue.number(numbered), info
+    early = dated.filter(pl.col("timestamp") < pl.col("available_from")).height
+    catalogue = Catalogue.number(numbered)
+    dates = np.array([declared_by_id[i.item_id] for i in catalogue.items], np.int64)
+    return catalogue, dates, AvailabilityInfo(policy=policy, events_before_declared=early, **tally)
 
 
 # --- splits -------------------------------------------------------------------------------------------
@@ -213,6 +227,7 @@ class Split:
     popularity: Popularity
     validation: Cases
     test: Cases
+    rule: Availability  # as the training events alone give it: an item first met in a held-out event is not there
 
 
 @dataclass(frozen=True)
@@ -247,7 +262,25 @@ def leave_one_out(dataset: Dataset) -> Split:
     stops = dataset.offsets[1:].copy()
     stops[asked] = second[asked]
     sequences, popularity = _training(dataset, stops)
-    return Split(sequences, popularity, Cases(dataset, asked, second[asked]), Cases(dataset, asked, last[asked]))
+    return Split(
+        sequences,
+        popularity,
+        Cases(dataset, asked, second[asked]),
+        Cases(dataset, asked, last[asked]),
+        _rule(dataset, stops),
+    )
+
+
+def _rule(dataset: Dataset, stops: IntArray) -> Availability:
+    """Availability from declared dates and the rows of each user before `stops` (U,)."""
+    if not dataset.has_times:
+        return Availability.open(len(dataset.catalogue))
+    if dataset.availability.policy == "always":
+        return Availability.of(dataset.catalogue)
+    starts = np.concatenate(([END], dataset.declared))
+    inside = (np.arange(len(dataset.item)) < stops[dataset.user]) & (dataset.timestamp >= UNDATED)
+    np.minimum.at(starts, dataset.item[inside], dataset.timestamp[inside])
+    return Availability.starting(dataset.catalogue, starts[1:])
 
 
 def _last_feeding_rows(dataset: Dataset) -> tuple[IntArray, IntArray]:

@@ -106,13 +106,9 @@ def served_ranks(cases: Cases, encoder: Encoder, retriever: Retriever, availabil
     return ranks
 
 
-def evaluate_served(cases: Cases, encoder: Encoder, retriever: Retriever) -> dict[str, Any]:
-    """Metrics through the bundle, without and with the availability rule, and what the rule touches.
-
-    Data without times has no "exists at the target's time": the rule is off, and touches nothing.
-    """
+def evaluate_served(cases: Cases, encoder: Encoder, retriever: Retriever, rule: Availability) -> dict[str, Any]:
+    """Metrics through the bundle, without and with the availability rule of the split, and what the rule touches."""
     catalogue = cases.dataset.catalogue
-    rule = Availability.of(catalogue) if cases.dataset.has_times else Availability.open(len(catalogue))
     open_ranks = served_ranks(cases, encoder, retriever, Availability.open(len(catalogue)))
     ruled_ranks = served_ranks(cases, encoder, retriever, rule)
     times = cases.timestamp

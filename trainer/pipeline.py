@@ -8,6 +8,7 @@ Each step leaves its result in the run's folder, so that the commands of the CLI
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from shared.bundle import Parity
+from shared.bundle import Parity, sha256
 from shared.encoder import EncoderSpec
 from shared.popularity import Popularity
+from shared.retrieval import load_index
 from trainer.config import ConfigError, RunConfig, validate
 from trainer.dataset import Cases, Dataset, Sequences, Split, everything, leave_one_out
 from trainer.evaluate import baselines
@@ -43,11 +45,29 @@ class Run:
         """`runs/<name>/<which>`."""
         return cls(runs / name / which)
 
-    def start(self, config: RunConfig, *, resume: bool) -> None:
-        """Make the folder ready; without `resume` what an earlier training left goes away."""
-        if self.folder.exists() and not resume:
+    def start(self, config: RunConfig, dataset: Dataset, epochs: int | None, *, resume: bool) -> bool:
+        """Make the folder ready; whether what an earlier training left in it is kept.
+
+        It is kept only with `resume`, and only if that training had the same settings, data and epochs: weights belong
+        to the item indices of their data.
+        """
+        mine = {"identity": identity(config, dataset), "epochs": epochs}
+        kept = resume and self._started() == mine
+        if not kept and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._save_config(config)
+        self.write("started.json", mine)
+        return kept
+
+    def _started(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self.folder / "started.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def _save_config(self, config: RunConfig) -> None:
         values = config.model_dump(mode="json")
         if isinstance(config.data.source, SqlSource):  # the next step needs the URL whole, with its password
             values["data"]["source"]["url"] = config.data.source.url.get_secret_value()
@@ -86,6 +106,10 @@ class Run:
             },
         )
 
+    def is_fitted(self) -> bool:
+        """Whether a training here came to its end."""
+        return (self.folder / "fit.json").is_file()
+
     def check_data(self, dataset: Dataset) -> None:
         """Raise TrainingError unless the run was trained on this very data."""
         trained_on, found = self.read("fit.json", "train")["data"], dataset.info().fingerprint
@@ -100,19 +124,26 @@ class Run:
         return self.folder / str(self.read("fit.json", "train")["checkpoint"])
 
     def save_export(self, exported: Exported) -> None:
-        """Keep an export beside its checkpoint."""
+        """Keep an export beside its checkpoint; an index that was built for an older one goes."""
         target = self.folder / "export"
-        target.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
         (target / "encoder.onnx").write_bytes(exported.onnx)
         np.save(target / "vectors.npy", exported.vectors)
         self.write(
             "export/export.json",
-            {"spec": exported.spec.model_dump(mode="json"), "parity": exported.parity.model_dump(mode="json")},
+            {
+                "spec": exported.spec.model_dump(mode="json"),
+                "parity": exported.parity.model_dump(mode="json"),
+                "checkpoint": sha256(self.checkpoint()),
+            },
         )
 
     def exported(self) -> Exported:
-        """What `save_export` kept."""
+        """What `save_export` kept. Raises TrainingError when the run was trained again since."""
         found = self.read("export/export.json", "export")
+        if found["checkpoint"] != sha256(self.checkpoint()):
+            raise TrainingError(f"{self.folder / 'export'} is older than the checkpoint; export again")
         target = self.folder / "export"
         return Exported(
             (target / "encoder.onnx").read_bytes(),
@@ -121,11 +152,25 @@ class Run:
             Parity.model_validate(found["parity"]),
         )
 
+    @property
+    def index_file(self) -> Path:
+        """Where `index` puts the index of the export, and `publish` looks for it."""
+        return self.folder / "export" / "index.hnsw"
+
+
+def identity(config: RunConfig, dataset: Dataset) -> str:
+    """Hash of what decides the weights: data, network, training. Name, index and publishing do not."""
+    settings = config.model_dump(mode="json", include={"data", "model", "training"})
+    text = json.dumps([settings, dataset.info().fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 def one_data(configs: Sequence[RunConfig]) -> None:
     """Models of one bundle share one catalogue, so they must be trained on the same data. Raises ConfigError."""
     if any(c.data != configs[0].data for c in configs):
         raise ConfigError("these presets differ in `data`; models of one bundle must be trained on the same data")
+    if len({c.publish.refit for c in configs}) > 1:
+        raise ConfigError("these presets differ in publish.refit; models of one bundle are fitted alike")
     names = [c.name for c in configs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two presets have the same name ({', '.join(names)}); set name=... in one of them")
@@ -136,14 +181,21 @@ def train(
 ) -> Fitted:
     """Train one model on the split (early stopping) or on all events (`epochs` to the end)."""
     run = Run.of(runs, config.name, which)
-    run.start(config, resume=resume)
+    epochs = epochs or _chosen_epochs(config, which, runs)
+    kept = run.start(config, dataset, epochs, resume=resume)
     sequences, validation = _part(dataset, which)
     fitted = fit(
         config, len(dataset.catalogue), sequences, validation, run.folder,
-        epochs=epochs, resume=resume,
+        epochs=epochs, resume=kept,
     )  # fmt: skip
     run.save_fit(fitted, dataset.info().fingerprint)
     return fitted
+
+
+def _chosen_epochs(config: RunConfig, which: Fit, runs: Path) -> int | None:
+    """For a fit on everything, the epochs that validation chose in the split fit, where there is one."""
+    split = Run.of(runs, config.name, "split")
+    return int(split.read("fit.json", "train")["epochs"]) if which == "all" and split.is_fitted() else None
 
 
 def _part(dataset: Dataset, which: Fit) -> tuple[Sequences, Cases | None]:
@@ -158,13 +210,15 @@ def evaluate(
 ) -> dict[str, Candidate]:
     """Split fits with their test metrics, through a bundle and by torch; also kept in each run's `metrics.json`."""
     bare = {
-        name: Candidate(config, export(model.encoder, config), "split", {}) for name, (config, model) in fitted.items()
+        name: Candidate(config, export(model.encoder, config), "split", model.epochs, {})
+        for name, (config, model) in fitted.items()
     }
     served = measure(dataset, split, bare, runs) if len(split.test) else {}
     found = {}
     for name, (config, model) in fitted.items():
         metrics = {
             "protocol": "leave-one-out, full ranking, seen filtered, split fit",
+            "run": identity(config, dataset),
             "epochs": model.epochs,
             "validation_ndcg@10": model.best,
             "bundle": served.get(name, {}),
@@ -214,7 +268,7 @@ def run(
     if not force:
         check_gate(bundles, dataset, candidates, popular)
     popularity = split.popularity
-    if any(c.publish.refit for c in configs):
+    if configs[0].publish.refit:
         candidates, popularity = _refit(fitted, dataset, runs, candidates, say, resume=resume)
     for name, candidate in candidates.items():
         Run.of(runs, name, candidate.fit).save_export(candidate.exported)
@@ -235,7 +289,8 @@ def _refit(
     for name, (config, model) in fitted.items():
         say(f"{name}: training on all events, {model.epochs} epochs")
         again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume)
-        candidates[name] = replace(measured[name], exported=export(again.encoder, config), fit="all")
+        exported = export(again.encoder, config)
+        candidates[name] = replace(measured[name], exported=exported, fit="all", epochs=again.epochs)
     return candidates, everything(dataset)[1]
 
 
@@ -249,7 +304,15 @@ def publish_runs(
         run = Run.of(runs, name, which)
         run.check_data(dataset)
         metrics = Run.of(runs, name, "split").read("metrics.json", f"evaluate {name}")
-        candidates[name] = Candidate(run.config(), run.exported(), which, metrics)
+        if metrics["run"] != identity(run.config(), dataset):
+            raise TrainingError(
+                f"the metrics of {name} are those of other settings or data than {run.folder} was trained with: "
+                "train and evaluate the split with the same ones"
+            )
+        epochs = int(run.read("fit.json", "train")["epochs"])
+        exported, file = run.exported(), run.index_file
+        index = load_index(str(file), exported.spec.width, run.config().index.ef) if file.is_file() else None
+        candidates[name] = Candidate(run.config(), exported, which, epochs, metrics, index)
     popular = baseline(dataset, split)
     popularity = everything(dataset)[1] if which == "all" else split.popularity
     return publish(bundles, dataset, popularity, candidates, popular, split.test, force=force)

@@ -9,10 +9,10 @@ import numpy as np
 import polars as pl
 
 from shared.bundle import Bundle, Model
-from shared.catalogue import Availability
+from shared.catalogue import Availability, ItemChange
 from shared.events import FloatArray, IntArray
 from shared.retrieval import Scope
-from shared.times import END, render
+from shared.times import END, UNDATED, now, render
 from trainer.config import ConfigError
 from trainer.dataset import Dataset
 from trainer.evaluate import items_hidden
@@ -32,9 +32,10 @@ class Excluded:
 def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.DataFrame, Excluded]:
     """Columns user_id, rank, item_id, score, as_of; `dataset` items are mapped to the bundle's by id.
 
-    `as_of` is null where the data has no times.
+    Availability is the bundle's with what the data says today on top: an item withdrawn since is in no list. Without
+    times items are judged at now, and `as_of` is null.
     """
-    model, rule = bundle.models[name], Availability.of(bundle.catalogue)
+    model, rule = bundle.models[name], _rule(bundle, dataset)
     everything = Availability.open(len(bundle.catalogue))
     mapped = _to_bundle(bundle, dataset)
     rows: list[pl.DataFrame] = []
@@ -45,8 +46,9 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
             continue
         item = mapped[lo:hi]
         history, seen = item[dataset.feeds[lo:hi] & (item > 0)], np.unique(item[dataset.seen[lo:hi] & (item > 0)])
-        # Without times there is no "then": all items count that are not over or withdrawn.
-        as_of = int(dataset.timestamp[hi - 1]) if dataset.has_times else END - 1
+        newest = int(dataset.timestamp[hi - 1])
+        clocked = dataset.has_times and newest >= UNDATED
+        as_of = newest if clocked else now()
         scope = Scope(rule, as_of, seen)
         hidden = items_hidden(rule, as_of)
         unavailable, touched = unavailable + hidden, touched + (hidden > 0)
@@ -56,9 +58,20 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
         else:
             items, scores = _popular_list(bundle, scope, k)
             lonely += 1
-        rows.append(_rows(bundle, user_id, items, scores, as_of))
-    table = pl.concat(rows) if rows else _rows(bundle, "", np.zeros(0, np.int64), np.zeros(0), 0)
+        rows.append(_rows(bundle, user_id, items, scores, as_of if clocked else None))
+    table = pl.concat(rows) if rows else _rows(bundle, "", np.zeros(0, np.int64), np.zeros(0), None)
     return table, Excluded(len(rows), unavailable, touched, replaced, lonely)
+
+
+def _rule(bundle: Bundle, dataset: Dataset) -> Availability:
+    """The bundle's availability, changed to what the data declares of the items that both know."""
+    changes = (
+        ItemChange(
+            i.item_id, None, None, None if declared == END else i.available_from, i.available_until, i.withdrawn, 0
+        )
+        for i, declared in zip(dataset.catalogue.items, dataset.declared, strict=True)
+    )
+    return Availability.of(bundle.catalogue).changed(bundle.catalogue, changes)
 
 
 def _to_bundle(bundle: Bundle, dataset: Dataset) -> IntArray:
@@ -84,14 +97,14 @@ def _popular_list(bundle: Bundle, scope: Scope, k: int) -> tuple[IntArray, Float
     return items, np.full(len(items), np.nan)
 
 
-def _rows(bundle: Bundle, user_id: str, items: IntArray, scores: FloatArray, as_of: int) -> pl.DataFrame:
+def _rows(bundle: Bundle, user_id: str, items: IntArray, scores: FloatArray, as_of: int | None) -> pl.DataFrame:
     return pl.DataFrame(
         {
             "user_id": [user_id] * len(items),
             "rank": np.arange(1, len(items) + 1),
             "item_id": [bundle.catalogue[int(i)].item_id for i in items],
             "score": scores,
-            "as_of": [None if as_of == END - 1 else render(as_of)] * len(items),
+            "as_of": [None if as_of is None else render(as_of)] * len(items),
         },
         schema={"user_id": pl.String, "rank": pl.Int64, "item_id": pl.String, "score": pl.Float64, "as_of": pl.String},
     )

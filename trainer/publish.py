@@ -8,7 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import hnswlib
+
 from shared.bundle import (
+    SCHEMA_VERSION,
     Bundle,
     BundleError,
     IndexInfo,
@@ -49,7 +52,9 @@ class Candidate:
     config: RunConfig
     exported: Exported
     fit: Fit
+    epochs: int
     metrics: dict[str, Any]
+    index: hnswlib.Index | None = None  # built already
 
 
 def write_bundle(
@@ -64,13 +69,10 @@ def write_bundle(
     info = dataset.info()
     write_data(folder, dataset.catalogue, popularity)
     for name, candidate in candidates.items():
-        settings = candidate.config.index
-        write_model(
-            folder, name, candidate.exported.onnx, candidate.exported.vectors,
-            m=settings.m, ef_construction=settings.ef_construction,
-        )  # fmt: skip
+        index = candidate.index or index_of(candidate.exported, candidate.config.index)
+        write_model(folder, name, candidate.exported.onnx, candidate.exported.vectors, index)
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         version=new_version(),
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         data=info,
@@ -91,20 +93,23 @@ def write_bundle(
     return write_manifest(folder, manifest.model_copy(update={"models": measured}))
 
 
-def _recall(model: Model, probes: Cases) -> tuple[float, float]:
+def _recall(model: Model, probes: Cases) -> tuple[float, float] | None:
     sample = probes.sample(RECALL_QUERIES, seed=0)
-    _, queries = encode_cases(model.encoder, sample.histories())
+    asked, queries = encode_cases(model.encoder, sample.histories())
+    if not len(asked):
+        return None
     return index_recall(queries, model.retriever, 10), index_recall(queries, model.retriever, 100)
 
 
 def _model_info(candidate: Candidate, recall: tuple[float, float] | None) -> ModelInfo:
     settings = candidate.config.index
-    at_10, at_100 = recall or (0.0, 0.0)
+    at_10, at_100 = recall or (None, None)
     return ModelInfo.model_validate(
         {
             "kind": "encoder",
             "encoder": candidate.exported.spec,
             "fit": candidate.fit,
+            "epochs": candidate.epochs,
             "parity": candidate.exported.parity,
             "index": IndexInfo(
                 m=settings.m, ef_construction=settings.ef_construction, ef=settings.ef,
@@ -116,13 +121,16 @@ def _model_info(candidate: Candidate, recall: tuple[float, float] | None) -> Mod
     )  # fmt: skip
 
 
-def write_index(exported: Exported, settings: IndexConfig, file: Path) -> float:
-    """Build the HNSW index of an export; its recall@10 with item vectors as queries."""
-    vectors = exported.vectors
-    index = build_index(vectors, m=settings.m, ef_construction=settings.ef_construction)
+def index_of(exported: Exported, settings: IndexConfig) -> hnswlib.Index:
+    """The HNSW index of an export's vectors."""
+    index = build_index(exported.vectors, m=settings.m, ef_construction=settings.ef_construction)
     index.set_ef(settings.ef)
-    index.save_index(str(file))
-    return index_recall(vectors[:RECALL_QUERIES], Retriever(vectors, index), 10)
+    return index
+
+
+def self_recall(exported: Exported, index: hnswlib.Index) -> float | None:
+    """Recall@10 of an index with item vectors as queries: a first look, before there are histories."""
+    return index_recall(exported.vectors[:RECALL_QUERIES], Retriever(exported.vectors, index), 10)
 
 
 def measure(dataset: Dataset, split: Split, candidates: Mapping[str, Candidate], scratch: Path) -> dict[str, Any]:
@@ -131,7 +139,8 @@ def measure(dataset: Dataset, split: Split, candidates: Mapping[str, Candidate],
         write_bundle(folder, dataset, split.popularity, candidates, {}, split.test)
         bundle = Bundle.load(folder)
         return {
-            name: evaluate_served(split.test, model.encoder, model.retriever) for name, model in bundle.models.items()
+            name: evaluate_served(split.test, model.encoder, model.retriever, split.rule)
+            for name, model in bundle.models.items()
         }
 
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from sqlalchemy import Insert, Table, func, select, update
+import polars as pl
+from sqlalchemy import Table, func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from shared.database import catalogue_revision, check_schema, create_engine, events, items, migrate
+from shared.database import cache_outbox, catalogue_revision, check_schema, create_engine, events, items, migrate
 from trainer.sources import RawData, UnavailableError
 
 CHUNK: Final = 2_000
+LOADED: Final = "loaded"
+"""What stands in the digest of a loaded event: nobody sent it, so no retry can be equal to it."""
 
 
 async def seed_log(raw: RawData, url: str, say: Callable[[str], None]) -> int:
     """Write what is not there yet, in arrival order; how many events were new.
 
-    An event's id is its source and row number, so a second load finds the first one's events. Items that the
-    catalogue has already keep what it says. A service that runs meanwhile sees new users at once; users it has in its
-    cache are read anew when their entry expires. Raises UnavailableError, which shows no password.
+    An event's id is a hash of its content, and a number where equal events repeat: a second load, or a longer export
+    of the same table, stores nothing twice. Items of an earlier load are brought up to date; what a call to the service
+    set stays. A running service reads the users anew within seconds. Raises UnavailableError, which shows no password.
     """
     try:
         engine = create_engine(url)
@@ -43,56 +47,63 @@ async def seed_log(raw: RawData, url: str, say: Callable[[str], None]) -> int:
         await engine.dispose()
 
 
-def _insert(engine: AsyncEngine, table: Table) -> Insert:
-    """An insert that passes over rows which are there, in either dialect."""
-    if engine.dialect.name == "sqlite":
-        return sqlite_insert(table).on_conflict_do_nothing()
-    return postgresql_insert(table).on_conflict_do_nothing()
-
-
-async def _count(connection: AsyncConnection, table: Table) -> int:
-    return int((await connection.execute(select(func.count()).select_from(table))).scalar_one())
+def _insert(engine: AsyncEngine, table: Table) -> Any:
+    """An insert of either dialect that knows ON CONFLICT."""
+    return sqlite_insert(table) if engine.dialect.name == "sqlite" else postgresql_insert(table)
 
 
 async def _seed_items(engine: AsyncEngine, raw: RawData) -> None:
+    if raw.items.is_empty():
+        return
+    insert = _insert(engine, items)
+    changed = {c.name: insert.excluded[c.name] for c in items.c if c.name != "item_id"}
+    upsert = insert.on_conflict_do_update(index_elements=[items.c.item_id], set_=changed, where=items.c.loaded)
     async with engine.begin() as connection:
         # One revision for the whole load; taking it first makes other catalogue writers wait.
         bumped = update(catalogue_revision).values(revision=catalogue_revision.c.revision + 1)
         revision = (await connection.execute(bumped.returning(catalogue_revision.c.revision))).scalar_one()
-        rows = [{**row, "revision": revision} for row in raw.items.iter_rows(named=True)]
+        rows = [{**row, "revision": revision, "loaded": True} for row in raw.items.iter_rows(named=True)]
         for start in range(0, len(rows), CHUNK):
-            await connection.execute(_insert(engine, items), rows[start : start + CHUNK])
+            await connection.execute(upsert, rows[start : start + CHUNK])
 
 
 async def _seed_events(engine: AsyncEngine, raw: RawData, say: Callable[[str], None]) -> int:
-    new = 0
+    insert, new = _insert(engine, events).on_conflict_do_nothing(), 0
     for done, rows in _event_chunks(raw):
         async with engine.begin() as connection:
-            before = await _count(connection, events)
-            await connection.execute(_insert(engine, events), rows)
-            new += await _count(connection, events) - before
+            before = (await connection.execute(select(func.max(events.c.seq)))).scalar_one() or 0
+            await connection.execute(insert, rows)
+            loaded = (events.c.seq > before, events.c.digest == LOADED)
+            new += (await connection.execute(select(func.count()).where(*loaded))).scalar_one()
+            # Entries of these users in the history cache lack the events: the service's sweep drops them.
+            newest = select(func.max(events.c.seq), events.c.user_id, literal(0)).where(*loaded)
+            marks = newest.group_by(events.c.user_id)
+            await connection.execute(cache_outbox.insert().from_select(["seq", "user_id", "written"], marks))
         if done % 100_000 < CHUNK:
             say(f"  {done:,} of {raw.events.height:,} events")
-        await asyncio.sleep(0)
     return new
 
 
 def _event_chunks(raw: RawData) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Rows of the table `events`, with how many were given out so far."""
-    frame = raw.events
+    content = ["user_id", "item_id", "event_type", "value", "timestamp"]
+    frame = raw.events.with_columns(repeat=pl.int_range(pl.len()).over(content))
     for start in range(0, frame.height, CHUNK):
         rows = [
             {
-                "event_id": f"{raw.name}-{start + r}",
-                "user_id": row["user_id"],
-                "item_id": row["item_id"],
-                "event_type": row["event_type"],
-                "value": row["value"],
+                "event_id": _event_id(row),
+                **{name: row[name] for name in content},
+                # Without times the place in the file: an order, far below any time that events have.
                 "timestamp": start + r if row["timestamp"] is None else row["timestamp"],
                 "recommendation_id": None,
                 "session_id": None,
-                "digest": "loaded",
+                "digest": LOADED,
             }
             for r, row in enumerate(frame.slice(start, CHUNK).iter_rows(named=True))
         ]
         yield start + len(rows), rows
+
+
+def _event_id(row: dict[str, Any]) -> str:
+    text = json.dumps([row[name] for name in ("user_id", "item_id", "event_type", "value", "timestamp")])
+    return f"load-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}-{row['repeat']}"

@@ -11,10 +11,9 @@ import polars as pl
 from trainer.sources.clean import CATEGORY, Cleaned, clean_events, clean_items, no_items
 from trainer.sources.config import FilesSource, FolderSource, MovieLensSource
 from trainer.sources.errors import MissingFileError
-from trainer.sources.report import ITEMS_SCHEMA, RawData, SourceReport
+from trainer.sources.report import ITEMS_SCHEMA, NO_TIMES, RawData, SourceReport
 from trainer.sources.tables import header_of, read_table
 
-NO_TIMES = "no times: the order of the file counts, time rules are off"
 YEAR_IN_TITLE = r"\((\d{4})(?:\s*[\u2013-][^()]*)?\)(?: \(V\))?\s*$"  # "(1995)", "(2007-2010)", "(1995) (V)"
 NO_GENRES = "(no genres listed)"
 FOLDER_TABLES = {  # file -> column beside `item`, role it takes

@@ -28,6 +28,7 @@ ITEMS_SCHEMA = pl.Schema(
         "withdrawn": pl.Boolean(),
     }
 )
+NO_TIMES = "no times: the order of the file counts, time rules are off"
 BELOW_MINIMUM = "below min_interactions"
 QUANTILES = {"min": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -11,11 +12,11 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from shared import database
+from shared import database, times
 from trainer.sources.clean import CATEGORY, clean_events, clean_items
 from trainer.sources.config import SqlSource
 from trainer.sources.errors import InvalidSourceError, MissingFileError, UnavailableError
-from trainer.sources.report import EVENTS_SCHEMA, RawData, SourceReport
+from trainer.sources.report import EVENTS_SCHEMA, NO_TIMES, RawData, SourceReport
 from trainer.sources.tables import Table
 
 LOG, CATALOGUE = database.events.c, database.items.c
@@ -53,7 +54,14 @@ def load_sql(config: SqlSource) -> RawData:
     events = clean_events(log, event_type="", max_bad_rows=config.max_bad_rows, unit="us")
     items = clean_items(catalogue, max_bad_rows=config.max_bad_rows, unit="us")
     report = SourceReport(events.report, (items.report,), (*events.notes, *items.notes))
-    return RawData(shown, events.frame, items.frame, report, has_times=True)
+    newest = events.frame["timestamp"].max()
+    has_times = isinstance(newest, int) and newest >= times.UNDATED
+    if has_times:
+        return RawData(shown, events.frame, items.frame, report, has_times=True)
+    # Loaded from files without times, and nothing has come since: the order of the log is all there is.
+    timeless = events.frame.with_columns(timestamp=pl.lit(None, pl.Int64))
+    report = replace(report, notes=(*report.notes, NO_TIMES))
+    return RawData(shown, timeless, items.frame, report, has_times=False)
 
 
 def _parse(url: str) -> URL:

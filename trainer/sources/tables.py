@@ -8,6 +8,7 @@ costs the file and every line keeps its number. A value therefore cannot hold a 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,19 +114,27 @@ def _lines(path: Path) -> pl.LazyFrame:
 def _broken_lines(path: Path, separator: str, width: int) -> pl.DataFrame:
     """Lines after the header that hold no row of `width` columns: row, reason, detail. Blank ones are "blank"."""
     # Without its quoted parts a line has exactly width - 1 separators, and no quote is left.
-    bare = pl.col("line").str.replace_all(r'"[^"]*"', "")
+    line = pl.col("line")
+    bare = line.str.replace_all(r'"[^"]*"', "")
     found = bare.str.count_matches(separator, literal=True) + 1
+    between = re.escape(separator)
+    # A field that begins with a quoted part and goes on behind it, such as "Great" Cats: the parser would give up.
+    beside = line.str.contains(rf'(^|{between})\s*"([^"]|"")*"[^"{between}]*[^"\s{between}]')
     reason = (
         pl.when(pl.col("line").str.strip_chars().str.len_bytes() == 0)
         .then(pl.lit("blank"))
         .when(bare.str.contains('"', literal=True))
         .then(pl.lit("unbalanced quote"))
+        .when(beside)
+        .then(pl.lit("text beside a quoted value"))
         .when(found != width)
         .then(pl.lit("wrong number of columns"))
     )
     detail = (
         pl.when(bare.str.contains('"', literal=True))
         .then(pl.lit("double it inside quotes; a value cannot hold a line break, save such a file as Parquet"))
+        .when(beside)
+        .then(pl.lit("quote the whole value and double the quotes in it"))
         .otherwise(found.cast(pl.String) + f" instead of {width}")
     )
     lines = _lines(path).filter(pl.col("row") > 1).select("row", reason=reason, detail=detail)
@@ -156,7 +165,13 @@ def _scan_rows(path: Path, columns: Mapping[str, str], separator: str, header: l
     wanted = [pl.col(column).str.strip_chars().replace("", None).alias(role) for role, column in columns.items()]
     try:
         frame = pl.scan_csv(
-            path, has_header=False, skip_lines=skip, separator=separator, schema=schema, infer_schema=False, glob=False
+            path,
+            has_header=False,
+            skip_lines=skip,
+            separator=separator,
+            schema=schema,
+            infer_schema=False,
+            glob=False,
         )
         return frame.select(wanted).collect()
     except NoDataError:  # a header and nothing else

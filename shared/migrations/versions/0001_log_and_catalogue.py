@@ -50,6 +50,13 @@ def upgrade() -> None:
             nullable=False,
             comment="of the whole catalogue, at this item's last change",
         ),
+        sa.Column(
+            "loaded",
+            sa.Boolean,
+            nullable=False,
+            server_default=sa.false(),
+            comment="from a file, not by a call: gives way to the bundle",
+        ),
         sa.PrimaryKeyConstraint("item_id", name="pk_items"),
     )
     op.create_index("ix_items_revision", "items", ["revision"])
