@@ -188,3 +188,7 @@ def test_every_linked_file_exists() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith(("http", "#"))]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_no_placeholder_is_left() -> None:
+    assert re.findall(r"^[A-Z0-9]+_[A-Z0-9_]+$|\b(?:TODO|TBD|FIXME)\b", README, re.M) == []
