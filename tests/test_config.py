@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.trained import config, cyclic_events, dataset
-from trainer.config import PRESETS, ConfigError, RunConfig, load_config, preset_names
+from trainer.config import PRESETS, ConfigError, RunConfig, load_config, preset_names, settings
 from trainer.pipeline import Run, one_data
 
 MINE = """
@@ -129,3 +129,11 @@ def test_a_run_reads_back_the_settings_it_was_made_with(tmp_path: Path, source: 
     run.start(made, dataset(cyclic_events()), None, resume=False)
     assert run.config() == made
     assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0  # it may hold a password
+
+
+def test_every_setting_is_listed_with_default_and_meaning() -> None:
+    listed = {key: (default, meaning) for key, default, meaning in settings()}
+    assert listed["model.hidden_units"][0] == "64"
+    assert listed["data.history.minimum_value"][0] == "None"
+    assert listed["data.source"][0] == "required"
+    assert [key for key, (_, meaning) in listed.items() if not meaning] == []

@@ -20,7 +20,7 @@ from shared.bundle import Bundle, BundleError, current_version
 from shared.catalogue import CatalogueError
 from shared.database import SchemaError
 from trainer import pipeline
-from trainer.config import ConfigError, RunConfig, load_config, preset_names
+from trainer.config import ConfigError, RunConfig, load_config, preset_names, settings
 from trainer.dataset import Dataset, DatasetError, leave_one_out, load_dataset
 from trainer.export import ExportError, export
 from trainer.pipeline import Run
@@ -224,6 +224,13 @@ def predict(
         f"{excluded.users_touched:,} users touched, {excluded.future_in_lists:,} items kept out of the top {k}; "
         f"{excluded.without_history:,} users answered by popularity"
     )
+
+
+@app.command("settings")
+def show_settings() -> None:
+    """Every setting that a preset or `key=value` can set, with its default and meaning."""
+    for key, default, meaning in settings():
+        say(f"{key:<33} {default:<12.40} {meaning}")
 
 
 @data_app.command("list")

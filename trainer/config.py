@@ -46,12 +46,12 @@ class DataConfig(_Section):
 class ModelConfig(_Section):
     """The network."""
 
-    kind: Literal["sasrec", "bert4rec"]
+    kind: Literal["sasrec", "bert4rec"] = Field(description="sasrec (causal) or bert4rec (both sides, masked).")
     hidden_units: int = Field(64, ge=4, description="D: width of item vectors and of everything between.")
-    blocks: int = Field(2, ge=1)
+    blocks: int = Field(2, ge=1, description="Transformer blocks.")
     heads: int = Field(1, ge=1, description="Must divide hidden_units.")
     feedforward: int = Field(1, ge=1, description="Width of the feed-forward layer, in multiples of hidden_units.")
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.2, ge=0, lt=1, description="Of embeddings, attention and layers.")
     max_length: int = Field(200, ge=2, le=200, description="T: newest events that the model reads.")
 
 
@@ -60,9 +60,9 @@ class TrainingConfig(_Section):
 
     epochs: int = Field(100, ge=1, description="At most; early stopping may end before.")
     patience: int = Field(10, ge=1, description="Epochs without a better validation NDCG@10 before stopping.")
-    batch_size: int = Field(128, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(128, ge=1, description="Users a step.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate of Adam.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled, as in AdamW.")
     mask_probability: float = Field(0.2, gt=0, lt=1, description="BERT4Rec: share of positions to guess.")
     last_item_probability: float = Field(
         0.05,
@@ -70,7 +70,7 @@ class TrainingConfig(_Section):
         le=1,
         description="BERT4Rec: share of sequences where only the last item is to guess.",
     )
-    seed: int = 0
+    seed: int = Field(0, description="Decides initial weights, batches, masks and dropout.")
     accelerator: str = Field("auto", description="cpu, gpu or auto.")
     threads: int = Field(2, ge=1, description="CPU threads of torch.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
@@ -79,9 +79,9 @@ class TrainingConfig(_Section):
 class IndexConfig(_Section):
     """The HNSW index."""
 
-    m: int = Field(16, ge=2)
-    ef_construction: int = Field(200, ge=8)
-    ef: int = Field(200, ge=10)
+    m: int = Field(16, ge=2, description="Links of a node.")
+    ef_construction: int = Field(200, ge=8, description="Candidates looked at while building.")
+    ef: int = Field(200, ge=10, description="Candidates looked at by a query.")
 
 
 class PublishConfig(_Section):
@@ -133,6 +133,25 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     except Exception as error:  # the YAML reader's own errors carry line and column
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     return validate(RunConfig, values, str(path))
+
+
+def settings() -> list[tuple[str, str, str]]:
+    """Key, default and meaning of every setting but those of the sources, which depend on their kind."""
+    return _settings(RunConfig, "")
+
+
+def _settings(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, field in section.model_fields.items():
+        nested = _models_in(field.annotation)
+        if len(nested) == 1:
+            rows += _settings(nested[0], f"{prefix}{name}.")
+        elif nested:
+            rows.append((f"{prefix}{name}", "required", "Where the data comes from: see python -m trainer data list"))
+        else:
+            default = "required" if field.is_required() else str(field.default)
+            rows.append((f"{prefix}{name}", default, field.description or ""))
+    return rows
 
 
 def validate(kind: type[RunConfig], values: Any, where: str) -> RunConfig:
