@@ -93,7 +93,8 @@ def test_other_data_is_not_compared(tmp_path: Path, circle: World) -> None:
 
 def test_a_model_of_another_name_is_not_compared(tmp_path: Path, circle: World) -> None:
     put(tmp_path, circle, 0.9)
-    check_gate(tmp_path, circle.dataset, {"newcomer": circle.candidate(0.5)}, POPULAR)
+    said = check_gate(tmp_path, circle.dataset, {"newcomer": circle.candidate(0.5)}, POPULAR)
+    assert "no live model was measured" in said
 
 
 def test_a_damaged_live_bundle_keeps_no_good_one_out(tmp_path: Path, circle: World) -> None:

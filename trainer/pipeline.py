@@ -266,7 +266,7 @@ def run(
     popular = baseline(dataset, split)
     say(metrics_table(candidates, popular))
     if not force:
-        check_gate(bundles, dataset, candidates, popular)
+        say(check_gate(bundles, dataset, candidates, popular))
     popularity = split.popularity
     if configs[0].publish.refit:
         candidates, popularity = _refit(fitted, dataset, runs, candidates, say, resume=resume)

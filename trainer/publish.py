@@ -146,8 +146,11 @@ def measure(dataset: Dataset, split: Split, candidates: Mapping[str, Candidate],
 
 def check_gate(
     bundles: Path, dataset: Dataset, candidates: Mapping[str, Candidate], baseline: Mapping[str, Any]
-) -> None:
-    """Raise PublishRefusedError for a model that popularity beats, or the live bundle on the same data."""
+) -> str:
+    """What the models were compared with. Raises PublishRefusedError where that is better.
+
+    The live bundle counts only where it was measured on the very same data: figures of other data say nothing.
+    """
     best_popular = max((b[GATE_METRIC] for b in baseline.values() if b), default=0.0)
     live = _live_metrics(bundles, dataset)
     for name, candidate in candidates.items():
@@ -165,6 +168,10 @@ def check_gate(
                 f"{name} reaches {GATE_METRIC} {score:.4f}, the live bundle {live[name]:.4f} on the same data; more "
                 f"than publish.max_loss={candidate.config.publish.max_loss} worse. Publish anyway with --force"
             )
+    compared = sorted(live.keys() & candidates.keys())
+    return "gate passed: not below popularity; " + (
+        f"not below the live {', '.join(compared)}" if compared else "no live model was measured on this data"
+    )
 
 
 def _live_metrics(bundles: Path, dataset: Dataset) -> dict[str, float]:
