@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -13,6 +14,12 @@ from service.history import HistoryStore, create_redis
 from service.ingest import EventLog
 from shared.database import create_engine, migrate
 from tests.servers import PostgresServer, RedisServer
+
+# Tests hold rules, not times: on a busy machine a single example may take as long as it likes.
+hypothesis.settings.register_profile(
+    "upnext", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("upnext")
 
 
 @pytest.fixture(scope="session")

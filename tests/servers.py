@@ -69,7 +69,7 @@ class RedisServer:
         }  # fmt: skip
         command = [self.binary, *(part for name, value in settings.items() for part in (f"--{name}", value))]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.cli("PING") != "PONG":
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise RuntimeError(f"{self.binary} did not start")

@@ -107,7 +107,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         yield Running(app, client, settings)
 
 
-async def until(holds: Callable[[], bool], seconds: float = 5) -> None:
+async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
     """Wait for something that happens in the background."""
     async with asyncio.timeout(seconds):
         while not holds():  # noqa: ASYNC110 - nobody would set an event
