@@ -123,7 +123,7 @@ def test_run_leads_from_a_csv_to_a_live_bundle(ran: tuple[Place, str]) -> None:
     assert info.metrics["bundle"]["hr@5"] > 0.9
     assert info.metrics["bundle"]["cases"] == 60
     assert info.metrics["protocol"].endswith("split fit")
-    assert set(bundle.manifest.baselines) == {"popular", "popular_30d"}
+    assert set(bundle.manifest.baselines) == {"popular", "popular_7d", "popular_30d", "ease"}
     assert bundle.manifest.data.events == len(circle())
     assert json.loads((place.folder / "runs/circle/all/fit.json").read_text())["epochs"] == info.metrics["epochs"]
 

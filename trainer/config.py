@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shared.bundle import MODEL_PATTERN
 from shared.events import HistoryPolicy
@@ -76,6 +76,28 @@ class TrainingConfig(_Section):
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
 
 
+class EvaluationConfig(_Section):
+    """What is held out, and what is measured on it."""
+
+    split: Literal["leave_one_out", "temporal"] = Field(
+        "leave_one_out", description="Each user's last event, or all that happened after one moment, for all users."
+    )
+    quantile: float = Field(0.9, gt=0, lt=1, description="Temporal: share of the events up to the cut.")
+    targets: Literal["last", "successive"] = Field(
+        "last", description="Temporal: guess each user's last event after the cut, or every one of them."
+    )
+    cutoffs: tuple[int, ...] = Field((5, 10, 20), description="The k of hr@k and so on; 10 is among them.")
+    ease: bool = Field(default=True, description="Measure EASE beside the models: strong, and no training loop.")
+    ease_l2: float = Field(300.0, gt=0, description="EASE: weight of the penalty.")
+
+    @field_validator("cutoffs")
+    @classmethod
+    def _ascending(cls, cutoffs: tuple[int, ...]) -> tuple[int, ...]:
+        if 10 not in cutoffs or min(cutoffs) < 1 or max(cutoffs) > 1000:
+            raise ValueError("name numbers from 1 to 1000, 10 among them: early stopping and the gate look at NDCG@10")
+        return tuple(sorted(set(cutoffs)))
+
+
 class IndexConfig(_Section):
     """The HNSW index."""
 
@@ -100,6 +122,7 @@ class RunConfig(_Section):
     data: DataConfig
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     index: IndexConfig = IndexConfig()
     publish: PublishConfig = PublishConfig()
 

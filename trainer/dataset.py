@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from shared.bundle import AvailabilityInfo, DataInfo
-from shared.catalogue import Catalogue, Item
+from shared.catalogue import Availability, Catalogue, Item, ItemChange
 from shared.events import BoolArray, Events, HistoryPolicy, IntArray, history_of
 from shared.popularity import Popularity
 from shared.times import BEGINNING, END, render
@@ -40,6 +40,7 @@ class Dataset:
     seen: BoolArray  # (E,)
     has_times: bool
     availability: AvailabilityInfo
+    declared_from: IntArray  # (N,) epoch microseconds; END for items whose table declares no date
     notes: tuple[str, ...]
 
     @property
@@ -112,8 +113,14 @@ def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
         seen=histories.seen[kept],
         has_times=raw.has_times,
         availability=availability,
+        declared_from=_declared(catalogue, raw.items),
         notes=notes,
     )
+
+
+def _declared(catalogue: Catalogue, items: pl.DataFrame) -> IntArray:
+    dates = dict(items.select("item_id", "available_from").drop_nulls().iter_rows())
+    return np.array([dates.get(i.item_id, END) for i in catalogue.items], np.int64)
 
 
 def _codes(column: pl.Series, values: pl.Series) -> IntArray:
@@ -210,9 +217,11 @@ class Split:
     """What is trained on, and what is held out."""
 
     sequences: Sequences
-    popularity: Popularity
+    popularity: Popularity  # of the training events alone
+    rule: Availability  # as known from declared dates and training events alone
     validation: Cases
     test: Cases
+    protocol: str = "leave-one-out"
 
 
 @dataclass(frozen=True)
@@ -234,7 +243,7 @@ class Sequences:
 
 def everything(dataset: Dataset) -> tuple[Sequences, Popularity]:
     """All events, for the refit that is published."""
-    return _training(dataset, dataset.offsets[1:])
+    return training_part(dataset, dataset.offsets[1:])
 
 
 def leave_one_out(dataset: Dataset) -> Split:
@@ -246,8 +255,9 @@ def leave_one_out(dataset: Dataset) -> Split:
     asked = np.flatnonzero(second >= 0)
     stops = dataset.offsets[1:].copy()
     stops[asked] = second[asked]
-    sequences, popularity = _training(dataset, stops)
-    return Split(sequences, popularity, Cases(dataset, asked, second[asked]), Cases(dataset, asked, last[asked]))
+    sequences, popularity = training_part(dataset, stops)
+    rule = training_rule(dataset, stops)
+    return Split(sequences, popularity, rule, Cases(dataset, asked, second[asked]), Cases(dataset, asked, last[asked]))
 
 
 def _last_feeding_rows(dataset: Dataset) -> tuple[IntArray, IntArray]:
@@ -261,7 +271,31 @@ def _last_feeding_rows(dataset: Dataset) -> tuple[IntArray, IntArray]:
     return last, second
 
 
-def _training(dataset: Dataset, stops: IntArray) -> tuple[Sequences, Popularity]:
+def training_rule(dataset: Dataset, stops: IntArray) -> Availability:
+    """Which items exist when, by what is known without held-out events: the rows of each user before `stops` (U,).
+
+    An item exists from the earlier of its declared date and its first training event; with neither it never does.
+    The catalogue's own dates count held-out events too, so a target would vouch for its own item. Without times
+    there is no such rule.
+    """
+    catalogue = dataset.catalogue
+    if not dataset.has_times:
+        return Availability.open(len(catalogue))
+    inside = np.arange(len(dataset.item)) < stops[dataset.user]
+    starts = np.concatenate(([END], dataset.declared_from))  # (N + 1,)
+    if dataset.availability.policy == "always":
+        starts[starts == END] = BEGINNING
+    else:
+        np.minimum.at(starts, dataset.item[inside], dataset.timestamp[inside])
+    changes = (
+        ItemChange(item.item_id, None, None, int(start), None, item.withdrawn, revision=0)
+        for item, start in zip(catalogue.items, starts[1:], strict=True)
+        if start != item.available_from
+    )
+    return Availability.of(catalogue).changed(catalogue, changes)
+
+
+def training_part(dataset: Dataset, stops: IntArray) -> tuple[Sequences, Popularity]:
     """Sequences and popularity of the rows of each user before `stops` (U,)."""
     inside = np.arange(len(dataset.item)) < stops[dataset.user]
     used = inside & dataset.feeds

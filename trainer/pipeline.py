@@ -2,7 +2,8 @@
 
 Each step leaves its result in the run's folder, so that the commands of the CLI can also be called one by one:
 
-    runs/sasrec/split/   config.yaml  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  fit.json  metrics.json
+    runs/sasrec/split/   config.yaml  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  fit.json  epochs.csv
+                         metrics.json  ranks.npz  report.json  report.html
     runs/sasrec/all/     config.yaml  last.ckpt  tensorboard/  fit.json  export/{encoder.onnx,vectors.npy,export.json}
 """
 
@@ -20,13 +21,19 @@ from omegaconf import OmegaConf
 
 from shared.bundle import Parity
 from shared.encoder import EncoderSpec
+from shared.events import IntArray
 from shared.popularity import Popularity
-from trainer.config import ConfigError, RunConfig, validate
-from trainer.dataset import Cases, Dataset, Sequences, Split, everything, leave_one_out
-from trainer.evaluate import baselines
+from trainer.baselines import rival_ranks
+from trainer.compare import CaseRanks
+from trainer.config import ConfigError, EvaluationConfig, RunConfig, validate
+from trainer.dataset import Cases, Dataset, Sequences, Split, everything
+from trainer.evaluate import TOP, list_ranks, served_metrics
 from trainer.export import Exported, export
+from trainer.metrics import intervals, metrics
 from trainer.publish import Candidate, Fit, check_gate, measure, publish
+from trainer.report import write_report
 from trainer.sources.config import SqlSource
+from trainer.splits import split_of
 from trainer.train import Fitted, TrainingError, evaluate_torch, fit, load_encoder
 
 Say = Callable[[str], None]
@@ -126,6 +133,8 @@ def one_data(configs: Sequence[RunConfig]) -> None:
     """Models of one bundle share one catalogue, so they must be trained on the same data. Raises ConfigError."""
     if any(c.data != configs[0].data for c in configs):
         raise ConfigError("these presets differ in `data`; models of one bundle must be trained on the same data")
+    if any(c.evaluation != configs[0].evaluation for c in configs):
+        raise ConfigError("these presets differ in `evaluation`; figures of one bundle must mean the same")
     names = [c.name for c in configs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two presets have the same name ({', '.join(names)}); set name=... in one of them")
@@ -137,7 +146,7 @@ def train(
     """Train one model on the split (early stopping) or on all events (`epochs` to the end)."""
     run = Run.of(runs, config.name, which)
     run.start(config, resume=resume)
-    sequences, validation = _part(dataset, which)
+    sequences, validation = _part(config, dataset, which)
     fitted = fit(
         config, len(dataset.catalogue), sequences, validation, run.folder,
         epochs=epochs, resume=resume,
@@ -146,38 +155,66 @@ def train(
     return fitted
 
 
-def _part(dataset: Dataset, which: Fit) -> tuple[Sequences, Cases | None]:
+def _part(config: RunConfig, dataset: Dataset, which: Fit) -> tuple[Sequences, Cases | None]:
     if which == "all":
         return everything(dataset)[0], None
-    split = leave_one_out(dataset)
+    split = split_of(dataset, config.evaluation)
     return split.sequences, split.validation if len(split.validation) else None
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """What baselines reach on the test cases."""
+
+    ranks: Mapping[str, IntArray]  # (C,) each
+    metrics: dict[str, dict[str, Any]]
+    notes: list[str]
+
+
+def rivals(split: Split, config: EvaluationConfig) -> Rivals:
+    """Popularity before each target, and EASE; nothing without cases."""
+    ranks, notes = rival_ranks(split, config)
+    names = [f"{kind}@{k}" for kind in ("hr", "ndcg") for k in config.cutoffs]
+    users = split.test.user
+    found = {
+        name: {**metrics(r, config.cutoffs, users), "intervals": intervals(r, users, names)}
+        for name, r in ranks.items()
+    }
+    return Rivals(ranks, found, notes)
+
+
 def evaluate(
-    fitted: Mapping[str, tuple[RunConfig, Fitted]], dataset: Dataset, split: Split, runs: Path
+    fitted: Mapping[str, tuple[RunConfig, Fitted]], dataset: Dataset, split: Split, runs: Path, against: Rivals
 ) -> dict[str, Candidate]:
-    """Split fits with their test metrics, through a bundle and by torch; also kept in each run's `metrics.json`."""
+    """Split fits with their test metrics, through a bundle and by torch.
+
+    Each run's folder gets `metrics.json`, `ranks.npz` (what `compare` reads) and the report.
+    """
     bare = {
         name: Candidate(config, export(model.encoder, config), "split", {}) for name, (config, model) in fitted.items()
     }
-    served = measure(dataset, split, bare, runs) if len(split.test) else {}
+    top = max(TOP, *(k for config, _ in fitted.values() for k in config.evaluation.cutoffs))
+    served = measure(dataset, split, bare, runs, top) if len(split.test) else {}
     found = {}
     for name, (config, model) in fitted.items():
-        metrics = {
-            "protocol": "leave-one-out, full ranking, seen filtered, split fit",
+        values: dict[str, Any] = {
+            "protocol": f"{split.protocol}, full ranking, seen filtered, split fit",
             "epochs": model.epochs,
             "validation_ndcg@10": model.best,
-            "bundle": served.get(name, {}),
-            "torch": evaluate_torch(model.encoder, config, split.test) if len(split.test) else {},
+            "bundle": {},
+            "torch": {},
         }
-        Run.of(runs, name, "split").write("metrics.json", metrics)
-        found[name] = replace(bare[name], metrics=metrics)
+        run = Run.of(runs, name, "split")
+        if name in served:
+            cutoffs = config.evaluation.cutoffs
+            values["bundle"] = served_metrics(split.test, served[name], split.rule, split.popularity, cutoffs)
+            values["torch"] = evaluate_torch(model.encoder, config, split.test)
+            ranks = CaseRanks.of(split.test, list_ranks(served[name].free, split.test.target), values["protocol"])
+            ranks.save(run.folder / "ranks.npz")
+            write_report(run.folder, config, split, ranks.rank, values, against.metrics)
+        run.write("metrics.json", values)
+        found[name] = replace(bare[name], metrics=values)
     return found
-
-
-def baseline(dataset: Dataset, split: Split) -> dict[str, dict[str, float]]:
-    """What popularity before each target reaches on the test cases; empty without cases."""
-    return baselines(split.test, split.popularity, timed=dataset.has_times) if len(split.test) else {}
 
 
 def restore(runs: Path, name: str, which: Fit) -> tuple[RunConfig, Fitted]:
@@ -200,7 +237,7 @@ def run(
 ) -> Path:
     """Everything, from data to a live bundle; its path."""
     one_data(configs)
-    split = leave_one_out(dataset)
+    split = split_of(dataset, configs[0].evaluation)
     if not len(split.test):
         say("no user has three events: nothing can be held out, the models are published without metrics")
     fitted = {}
@@ -208,17 +245,17 @@ def run(
         say(f"{config.name}: training on the split, at most {config.training.epochs} epochs")
         fitted[config.name] = (config, train(config, dataset, "split", runs, resume=resume))
     say("measuring through a bundle: ONNX, retrieval, final gate")
-    candidates = evaluate(fitted, dataset, split, runs)
-    popular = baseline(dataset, split)
-    say(metrics_table(candidates, popular))
+    against = rivals(split, configs[0].evaluation)
+    candidates = evaluate(fitted, dataset, split, runs, against)
+    tell(candidates, against, runs, say)
     if not force:
-        check_gate(bundles, dataset, candidates, popular)
+        check_gate(bundles, dataset, candidates, against.metrics)
     popularity = split.popularity
     if any(c.publish.refit for c in configs):
         candidates, popularity = _refit(fitted, dataset, runs, candidates, say, resume=resume)
     for name, candidate in candidates.items():
         Run.of(runs, name, candidate.fit).save_export(candidate.exported)
-    return publish(bundles, dataset, popularity, candidates, popular, split.test, force=force)
+    return publish(bundles, dataset, popularity, candidates, against.metrics, split.test, force=force)
 
 
 def _refit(
@@ -243,27 +280,41 @@ def publish_runs(
     runs: Path, names: Sequence[str], dataset: Dataset, bundles: Path, which: Fit, *, force: bool = False
 ) -> Path:
     """Publish from run folders: exports of `which` fit with the metrics of the split fit."""
-    split = leave_one_out(dataset)
     candidates = {}
     for name in names:
         run = Run.of(runs, name, which)
         run.check_data(dataset)
         metrics = Run.of(runs, name, "split").read("metrics.json", f"evaluate {name}")
         candidates[name] = Candidate(run.config(), run.exported(), which, metrics)
-    popular = baseline(dataset, split)
+    settings = next(iter(candidates.values())).config.evaluation
+    split = split_of(dataset, settings)
     popularity = everything(dataset)[1] if which == "all" else split.popularity
-    return publish(bundles, dataset, popularity, candidates, popular, split.test, force=force)
+    baseline = rivals(split, settings).metrics
+    return publish(bundles, dataset, popularity, candidates, baseline, split.test, force=force)
+
+
+def tell(candidates: Mapping[str, Candidate], against: Rivals, runs: Path, say: Say) -> None:
+    """The test metrics and where more of them are."""
+    for candidate in list(candidates.values())[:1]:
+        say(str(candidate.metrics["protocol"]))
+    say(metrics_table(candidates, against.metrics))
+    for note in against.notes:
+        say(f"note: {note}")
+    reports = [Run.of(runs, name, "split").folder / "report.html" for name in candidates]
+    for report in filter(Path.is_file, reports):
+        say(f"report: {report}")
 
 
 COLUMNS = ("hr@5", "ndcg@5", "hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr")
 
 
-def metrics_table(measured: Mapping[str, Candidate], popular: Mapping[str, Mapping[str, float]]) -> str:
-    """The test metrics as text; `mrr` of a bundle counts its top 20, torch's and popularity's all ranks."""
+def metrics_table(measured: Mapping[str, Candidate], popular: Mapping[str, Mapping[str, Any]]) -> str:
+    """The test metrics as text; `mrr` of a bundle counts its top 20, torch's and the baselines' all ranks."""
     rows = [(f"{name} (bundle)", found.metrics["bundle"]) for name, found in measured.items()]
     rows += [(f"{name} (torch)", found.metrics["torch"]) for name, found in measured.items()]
     rows += list(popular.items())
+    columns = [c for c in COLUMNS if any(c in row for _, row in rows)] or list(COLUMNS)
     wide = max((len(name) for name, _ in rows), default=0)
-    lines = [" " * wide + "".join(f"{c:>9}" for c in COLUMNS)]
-    lines += [f"{name:<{wide}}" + "".join(f"{row.get(c, float('nan')):9.4f}" for c in COLUMNS) for name, row in rows]
+    lines = [" " * wide + "".join(f"{c:>9}" for c in columns)]
+    lines += [f"{name:<{wide}}" + "".join(f"{row.get(c, float('nan')):9.4f}" for c in columns) for name, row in rows]
     return "\n".join(lines)

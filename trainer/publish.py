@@ -29,7 +29,7 @@ from shared.popularity import Popularity
 from shared.retrieval import Retriever, build_index
 from trainer.config import IndexConfig, RunConfig
 from trainer.dataset import Cases, Dataset, Split
-from trainer.evaluate import encode_cases, evaluate_served, index_recall
+from trainer.evaluate import TOP, Served, encode_cases, index_recall, served_lists
 from trainer.export import Exported
 
 GATE_METRIC: Final = "ndcg@10"
@@ -125,13 +125,16 @@ def write_index(exported: Exported, settings: IndexConfig, file: Path) -> float:
     return index_recall(vectors[:RECALL_QUERIES], Retriever(vectors, index), 10)
 
 
-def measure(dataset: Dataset, split: Split, candidates: Mapping[str, Candidate], scratch: Path) -> dict[str, Any]:
-    """Write the split's models as a bundle aside, load it, and measure through it. Model name -> metrics."""
+def measure(
+    dataset: Dataset, split: Split, candidates: Mapping[str, Candidate], scratch: Path, top: int = TOP
+) -> dict[str, Served]:
+    """Write the split's models as a bundle aside, load it, and ask it. Model name -> lists for the test cases."""
     with staged(scratch) as folder:
         write_bundle(folder, dataset, split.popularity, candidates, {}, split.test)
         bundle = Bundle.load(folder)
         return {
-            name: evaluate_served(split.test, model.encoder, model.retriever) for name, model in bundle.models.items()
+            name: served_lists(split.test, model.encoder, model.retriever, split.rule, top)
+            for name, model in bundle.models.items()
         }
 
 
@@ -139,7 +142,8 @@ def check_gate(
     bundles: Path, dataset: Dataset, candidates: Mapping[str, Candidate], baseline: Mapping[str, Any]
 ) -> None:
     """Raise PublishRefusedError for a model that popularity beats, or the live bundle on the same data."""
-    best_popular = max((b[GATE_METRIC] for b in baseline.values() if b), default=0.0)
+    popular = [b for name, b in baseline.items() if name.startswith("popular") and b]
+    best_popular = max((b[GATE_METRIC] for b in popular), default=0.0)
     live = _live_metrics(bundles, dataset)
     for name, candidate in candidates.items():
         score = candidate.metrics.get("bundle", {}).get(GATE_METRIC)

@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from shared.events import IntArray
 from shared.sequences import mask_index, pack, pack_slices
 from trainer.config import RunConfig
+from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
-from trainer.evaluate import full_ranks, metrics, vector_scores
+from trainer.evaluate import full_ranks, vector_scores
+from trainer.metrics import metrics
 from trainer.objectives import cross_entropy, mask_items, shift
 from trainer.transformer import Encoder
 
@@ -140,12 +142,18 @@ def encode_torch(encoder: Encoder, config: RunConfig, histories: list[IntArray])
     return asked, torch.cat(parts) if parts else torch.zeros(0, config.model.hidden_units)
 
 
-def evaluate_torch(encoder: Encoder, config: RunConfig, cases: Cases) -> dict[str, float]:
-    """Metrics of the network itself, full ranks."""
+def torch_ranks(encoder: Encoder, config: RunConfig, cases: Cases) -> tuple[IntArray, Cases]:
+    """Full ranks by the network itself, and the cases they belong to: those that have a history."""
     asked, queries = encode_torch(encoder, config, cases.histories())
     part = Cases(cases.dataset, cases.user[asked], cases.row[asked])
     vectors = encoder.vectors.detach().cpu().numpy()
-    return metrics(full_ranks(part, vector_scores(queries.numpy(), vectors)))
+    return full_ranks(part, vector_scores(queries.numpy(), vectors)), part
+
+
+def evaluate_torch(encoder: Encoder, config: RunConfig, cases: Cases) -> dict[str, float]:
+    """Metrics of the network itself, full ranks."""
+    ranks, part = torch_ranks(encoder, config, cases)
+    return metrics(ranks, config.evaluation.cutoffs, part.user)
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,7 @@ def fit(
         callbacks=[
             _EpochBatches(data),
             TQDMProgressBar(refresh_rate=10),
+            EpochLog(folder / "epochs.csv"),
             *([] if validation is None else [_stopping(config), best]),
             newest,  # last, so that it holds what the others know of this epoch
         ],
