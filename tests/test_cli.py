@@ -217,6 +217,56 @@ def ending_alike(user: int) -> list[Row]:
     return [*own, (f"u{user}", "hit", at + 3), (f"w{user}", "hit", at)]
 
 
+# --- evaluation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_temporal_split_goes_through_to_the_manifest(place: Place, tmp_path: Path) -> None:
+    here = Place(tmp_path, place.preset)
+    settings = ("evaluation.split=temporal", "evaluation.quantile=0.8", "evaluation.cutoffs=[1,10,50]")
+    said = trainer("run", here.preset, *settings, *here.runs, *here.bundles)
+    protocol = here.live().manifest.models["circle"].metrics["protocol"]
+    assert protocol.startswith("temporal split after 2020-")
+    assert protocol.endswith("(quantile 0.8 of events), last targets, full ranking, seen filtered, split fit")
+    assert protocol in said
+    figures = here.live().manifest.models["circle"].metrics["bundle"]
+    assert 0 < figures["cases"] < 60
+    assert {"hr@1", "ndcg@50", "recall@10"} <= set(figures)
+    assert trainer("evaluate", "circle", *here.runs).count(protocol) == 1  # the run's own settings hold
+
+
+@pytest.mark.slow
+def test_a_temporal_split_of_data_without_times_is_refused(tmp_path: Path) -> None:
+    file = events_file(tmp_path / "events.csv", circle(), times=False)
+    here = Place(tmp_path, preset(tmp_path, file, times=False))
+    said = refused("run", here.preset, "evaluation.split=temporal", *here.runs, *here.bundles)
+    assert "needs times" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_are_compared_user_by_user(place: Place, tmp_path: Path) -> None:
+    slow = ("training.epochs=1", "training.lr=1e-9")
+    trainer("run", place.preset, *slow, "--runs", tmp_path, "--bundles", tmp_path / "bundles", "--force")
+    said = trainer("compare", tmp_path / "circle", "circle", *place.runs)
+    line = next(line.split() for line in said.splitlines() if line.startswith("ndcg@10"))
+    assert float(line[3]) > 0.3
+    assert float(line[-1]) < 0.001
+    assert "60 users" in said
+    assert "trainer evaluate" in refused("compare", "circle", "nobody", *place.runs)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_report(ran: tuple[Place, str]) -> None:
+    place, said = ran
+    folder = place.folder / "runs/circle/split"
+    assert f"report: {folder / 'report.html'}" in said
+    found = json.loads((folder / "report.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert found["metrics"] == metrics["bundle"]
+    assert len(found["epochs"]) >= metrics["epochs"]
+
+
 # --- the log ------------------------------------------------------------------------------------------
 
 
@@ -301,6 +351,8 @@ def refused(*words: str | Path) -> str:
         (["run", "sasrec-quick", "training.lrr=1"], "did you mean training.lr?"),
         (["run", "sasrec-quick", "sasrec-quick"], "same name"),
         (["train", "sasrec-quick", "model.heads=7"], "does not divide"),
+        (["train", "sasrec-quick", "evaluation.cutoffs=[5]"], "10 among them"),
+        (["compare", "one", "two"], "trainer evaluate"),
         (["evaluate", "nobody"], "holds no run"),
         (["publish", "nobody"], "holds no run"),
         (["data", "describe", "missing.yaml"], "no preset"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.trained import config
-from trainer.config import PRESETS, ConfigError, RunConfig, load_config, preset_names
+from trainer.config import PRESETS, ConfigError, EvaluationConfig, RunConfig, load_config, preset_names
 from trainer.pipeline import Run, one_data
 
 MINE = """
@@ -129,3 +130,11 @@ def test_a_run_reads_back_the_settings_it_was_made_with(tmp_path: Path, source: 
     run.start(made, resume=False)
     assert run.config() == made
     assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0  # it may hold a password
+
+
+def test_the_readme_tells_the_settings_of_evaluation() -> None:
+    """Names and defaults; the words are the README's own."""
+    text = (Path(__file__).parent.parent / "README.md").read_text().split("### Evaluation")[1].split("\n## ")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, re.M))
+    known = EvaluationConfig().model_dump(mode="json")
+    assert told == {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in known.items()}

@@ -41,7 +41,7 @@ def write_epochs(file: Path, rows: list[Row]) -> None:
     with file.open("w", newline="") as opened:
         table = csv.DictWriter(opened, names)
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({**row, "epoch": int(row["epoch"])} for row in rows)
 
 
 def read_epochs(file: Path) -> list[Row]:

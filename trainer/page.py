@@ -25,12 +25,12 @@ main { max-width: 1000px; margin: 0 auto; padding: 32px 20px 60px; }
 h1 { font-size: 28px; margin: 0 0 2px; } h2 { font-size: 18px; margin: 34px 0 10px; }
 h3 { font-size: 14px; margin: 0 0 6px; }
 p { margin: 4px 0 10px; } .dim, small, caption { color: var(--dim); }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px; }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 14px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; margin-top: 18px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
   overflow-x: auto; }
 .tile b { display: block; font-size: 24px; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.tile small { display: block; }
+.tile small, h3 small { display: block; font-weight: 400; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--dim); font-weight: 500; }
@@ -89,7 +89,7 @@ def _tile(label: str, value: str, below: str) -> str:
 
 def _range(found: Mapping[str, Any], name: str) -> str:
     low, high = found["intervals"][name]
-    return f"95 % between {low:.4f} and {high:.4f}"
+    return f"95 %: {low:.4f} – {high:.4f}"
 
 
 def _validated(report: Report) -> str:
@@ -115,7 +115,7 @@ def _against(report: Report) -> str:
         + "</tr>"
         for name, found, own in rows
     ]
-    lines.insert(1, "<tr><td>the same by torch, without retrieval</td>" + "".join(
+    lines.insert(1, "<tr><td>by torch, no retrieval</td>" + "".join(
         f"<td>{report['torch'].get(n, math.nan):.4f}</td>" for n in names) + "</tr>")  # fmt: skip
     table = f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
     note = "Whiskers: 95 % bootstrap intervals over users. Popularity counts training events before each target alone."
@@ -161,7 +161,7 @@ GROUPS: Final = {
 
 def _groups(report: Report) -> str:
     charts = [
-        _card(f"{title} <small>· {unit}</small>", columns(report["groups"][name]))
+        _card(f"{title}<small>{unit}</small>", columns(report["groups"][name]))
         for name, (title, unit) in GROUPS.items()
         if report["groups"][name]
     ]
