@@ -138,3 +138,28 @@ def test_the_readme_tells_the_settings_of_evaluation() -> None:
     told = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, re.M))
     known = EvaluationConfig().model_dump(mode="json")
     assert told == {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in known.items()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.loss=hinge"], "training.loss"),
+        (["training.negatives=64"], "negatives is for loss sampled_softmax or gbce or bce, and loss is cross_entropy"),
+        (["training.loss=gbce", "training.in_batch_negatives=9"], "in_batch_negatives is for loss sampled_softmax"),
+        (["training.loss=bce", "training.calibration=0.5"], "calibration is for loss gbce"),
+    ],
+)
+def test_settings_that_the_loss_does_not_read_are_refused(mine: str, overrides: list[str], said: str) -> None:
+    assert said in refusal(mine, *overrides)
+
+
+def test_every_loss_has_its_number_of_negatives(mine: str) -> None:
+    counts = {loss: load_config(mine, [f"training.loss={loss}"]).training.negative_count for loss in ("gbce", "bce")}
+    assert counts == {"gbce": 256, "bce": 1}
+    assert load_config(mine, ["training.loss=bce", "training.negatives=3"]).training.negative_count == 3
+
+
+def test_saved_settings_of_any_loss_can_be_read_again(mine: str) -> None:
+    saved = load_config(mine, ["training.loss=sampled_softmax", "training.in_batch_negatives=64"])
+    assert RunConfig.model_validate(saved.model_dump()) == saved
+    assert RunConfig.model_validate(config().model_dump()) == config()

@@ -24,7 +24,7 @@ from trainer.sources.config import SqlSource
 GROUPED: Final = ("ndcg@10", "hr@10")
 LENGTHS: Final = (1, 6, 11, 21, 51, 101, 201)  # first value of each group
 COUNTS: Final = (0, 1, 10, 50, 100, 500, 1_000, 5_000)
-DAYS: Final = (0, 1, 7, 30, 90, 365, 1_095)
+DAYS: Final = (0, 1, 7, 30, 90, 365, 1_000)
 
 
 def write_report(

@@ -25,7 +25,7 @@ from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
 from trainer.evaluate import full_ranks, vector_scores
 from trainer.metrics import metrics
-from trainer.objectives import cross_entropy, mask_items, shift
+from trainer.objectives import loss_of, mask_items, shift
 from trainer.transformer import Encoder
 
 MONITOR: Final = "val_ndcg@10"
@@ -67,12 +67,22 @@ class Batches(IterableDataset[Tensor]):
         guessed = (self.lengths - 1).sum() if causal else self.lengths.sum() * self.config.training.mask_probability
         return float(guessed) / len(self)
 
+    def share(self, item_count: int) -> Tensor:
+        """Share of each item in the training events, (N,)."""
+        counts = np.bincount(self.sequences.item, minlength=item_count + 1)[1:]
+        return torch.from_numpy(counts / counts.sum()).float()
+
 
 class SequenceModel(pl.LightningModule):
     """An encoder with its objective, and its validation by full ranking."""
 
-    def __init__(self, config: RunConfig, item_count: int, tokens_per_batch: float, validation: Cases | None) -> None:
+    share: Tensor  # (N,) of each item in the training events
+
+    def __init__(
+        self, config: RunConfig, item_count: int, tokens_per_batch: float, share: Tensor, validation: Cases | None
+    ) -> None:
         super().__init__()
+        self.register_buffer("share", share, persistent=False)
         self.config, self.validation, self.tokens_per_batch = config, validation, tokens_per_batch
         self.encoder = Encoder(config.model, item_count)
         self.masks = torch.Generator()
@@ -96,7 +106,8 @@ class SequenceModel(pl.LightningModule):
         of short users would otherwise weigh as much as one of long users.
         """
         inputs, targets = self._pose(rows)
-        loss = cross_entropy(self.encoder(inputs), targets, self.encoder.vectors) / self.tokens_per_batch
+        total = loss_of(self.encoder(inputs), targets, self.encoder.vectors, self.config.training, self.share)
+        loss = total / self.tokens_per_batch
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} in epoch {self.current_epoch}: try a smaller training.lr "
@@ -184,7 +195,7 @@ def fit(
     pl.seed_everything(config.training.seed, workers=True, verbose=False)
     torch.set_num_threads(config.training.threads)
     data = Batches(sequences, config)
-    model = SequenceModel(config, item_count, data.tokens_per_batch(), validation)
+    model = SequenceModel(config, item_count, data.tokens_per_batch(), data.share(item_count), validation)
     # Lightning's own `save_last` writes only when the best epoch changes; the newest state is to be kept each epoch.
     newest = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     best = _best_checkpoint(config, folder)
