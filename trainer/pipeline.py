@@ -3,7 +3,7 @@
 Each step leaves its result in the run's folder, so that the commands of the CLI can also be called one by one:
 
     runs/sasrec/split/   config.yaml  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  fit.json  epochs.csv
-                         metrics.json  ranks.npz  report.json  report.html
+                         metrics.json  baselines.json  ranks.npz  report.json  report.html
     runs/sasrec/all/     config.yaml  last.ckpt  tensorboard/  fit.json  export/{encoder.onnx,vectors.npy,export.json}
 """
 
@@ -188,7 +188,7 @@ def evaluate(
 ) -> dict[str, Candidate]:
     """Split fits with their test metrics, through a bundle and by torch.
 
-    Each run's folder gets `metrics.json`, `ranks.npz` (what `compare` reads) and the report.
+    Each run's folder gets `metrics.json`, `baselines.json`, `ranks.npz` (what `compare` reads) and the report.
     """
     bare = {
         name: Candidate(config, export(model.encoder, config), "split", {}) for name, (config, model) in fitted.items()
@@ -213,6 +213,7 @@ def evaluate(
             ranks.save(run.folder / "ranks.npz")
             write_report(run.folder, config, split, ranks.rank, values, against.metrics)
         run.write("metrics.json", values)
+        run.write("baselines.json", against.metrics)
         found[name] = replace(bare[name], metrics=values)
     return found
 
@@ -239,7 +240,7 @@ def run(
     one_data(configs)
     split = split_of(dataset, configs[0].evaluation)
     if not len(split.test):
-        say("no user has three events: nothing can be held out, the models are published without metrics")
+        say("no user has enough events: nothing can be held out, the models are published without metrics")
     fitted = {}
     for config in configs:
         say(f"{config.name}: training on the split, at most {config.training.epochs} epochs")
@@ -286,10 +287,9 @@ def publish_runs(
         run.check_data(dataset)
         metrics = Run.of(runs, name, "split").read("metrics.json", f"evaluate {name}")
         candidates[name] = Candidate(run.config(), run.exported(), which, metrics)
-    settings = next(iter(candidates.values())).config.evaluation
-    split = split_of(dataset, settings)
+    split = split_of(dataset, next(iter(candidates.values())).config.evaluation)
     popularity = everything(dataset)[1] if which == "all" else split.popularity
-    baseline = rivals(split, settings).metrics
+    baseline = Run.of(runs, names[0], "split").read("baselines.json", f"evaluate {names[0]}")
     return publish(bundles, dataset, popularity, candidates, baseline, split.test, force=force)
 
 
