@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -123,7 +124,7 @@ def test_run_leads_from_a_csv_to_a_live_bundle(ran: tuple[Place, str]) -> None:
     assert info.metrics["bundle"]["hr@5"] > 0.9
     assert info.metrics["bundle"]["cases"] == 60
     assert info.metrics["protocol"].endswith("split fit")
-    assert set(bundle.manifest.baselines) == {"popular", "popular_30d"}
+    assert set(bundle.manifest.baselines) == {"popular", "popular_7d", "popular_30d", "ease"}
     assert bundle.manifest.data.events == len(circle())
     assert json.loads((place.folder / "runs/circle/all/fit.json").read_text())["epochs"] == info.metrics["epochs"]
 
@@ -217,6 +218,56 @@ def ending_alike(user: int) -> list[Row]:
     return [*own, (f"u{user}", "hit", at + 3), (f"w{user}", "hit", at)]
 
 
+# --- evaluation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_temporal_split_goes_through_to_the_manifest(place: Place, tmp_path: Path) -> None:
+    here = Place(tmp_path, place.preset)
+    settings = ("evaluation.split=temporal", "evaluation.quantile=0.8", "evaluation.cutoffs=[1,10,50]")
+    said = trainer("run", here.preset, *settings, *here.runs, *here.bundles)
+    protocol = here.live().manifest.models["circle"].metrics["protocol"]
+    assert protocol.startswith("temporal split after 2020-")
+    assert protocol.endswith("(quantile 0.8 of events), last targets, full ranking, seen filtered, split fit")
+    assert protocol in said
+    figures = here.live().manifest.models["circle"].metrics["bundle"]
+    assert 0 < figures["cases"] < 60
+    assert {"hr@1", "ndcg@50", "recall@10"} <= set(figures)
+    assert trainer("evaluate", "circle", *here.runs).count(protocol) == 1  # the run's own settings hold
+
+
+@pytest.mark.slow
+def test_a_temporal_split_of_data_without_times_is_refused(tmp_path: Path) -> None:
+    file = events_file(tmp_path / "events.csv", circle(), times=False)
+    here = Place(tmp_path, preset(tmp_path, file, times=False))
+    said = refused("run", here.preset, "evaluation.split=temporal", *here.runs, *here.bundles)
+    assert "needs times" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_are_compared_user_by_user(place: Place, tmp_path: Path) -> None:
+    slow = ("training.epochs=1", "training.lr=1e-9")
+    trainer("run", place.preset, *slow, "--runs", tmp_path, "--bundles", tmp_path / "bundles", "--force")
+    said = trainer("compare", tmp_path / "circle", "circle", *place.runs)
+    line = next(line.split() for line in said.splitlines() if line.startswith("ndcg@10"))
+    assert float(line[3]) > 0.3
+    assert float(line[-1]) < 0.001
+    assert "60 users" in said
+    assert "trainer evaluate" in refused("compare", "circle", "nobody", *place.runs)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_report(ran: tuple[Place, str]) -> None:
+    place, said = ran
+    folder = place.folder / "runs/circle/split"
+    assert f"report: {folder / 'report.html'}" in said
+    found = json.loads((folder / "report.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert found["metrics"] == metrics["bundle"]
+    assert len(found["epochs"]) >= metrics["epochs"]
+
+
 # --- the log ------------------------------------------------------------------------------------------
 
 
@@ -300,6 +351,20 @@ def test_a_fit_on_everything_with_other_settings_than_the_measured_one_is_refuse
     assert not (tmp_path / "bundles" / "CURRENT").exists()
 
 
+@pytest.mark.slow
+def test_models_that_were_measured_differently_do_not_share_a_bundle(place: Place, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name in ("circle", "other"):
+        shutil.copytree(place.folder / "runs" / "circle", runs / name)
+    for file in runs.glob("other/*/config.yaml"):
+        file.write_text(file.read_text().replace("name: circle", "name: other"))
+    measured = runs / "other" / "split" / "metrics.json"
+    measured.write_text(measured.read_text().replace("leave-one-out", "temporal"))
+    words = ("publish", "circle", "other", "--runs", runs, "--bundles", tmp_path / "bundles")
+    assert "measured differently" in refused(*words)
+    assert not (tmp_path / "bundles").exists()
+
+
 def test_data_list_names_sources_and_presets() -> None:
     said = trainer("data", "list")
     assert all(word in said for word in ("files", "sql", "ml-100k", "sasrec-quick", "bert4rec-quick"))
@@ -337,6 +402,8 @@ def refused(*words: str | Path) -> str:
         (["run", "sasrec-quick", "training.lrr=1"], "did you mean training.lr?"),
         (["run", "sasrec-quick", "sasrec-quick"], "same name"),
         (["train", "sasrec-quick", "model.heads=7"], "does not divide"),
+        (["train", "sasrec-quick", "evaluation.cutoffs=[5]"], "10 among them"),
+        (["compare", "one", "two"], "trainer evaluate"),
         (["evaluate", "nobody"], "holds no run"),
         (["publish", "nobody"], "holds no run"),
         (["data", "describe", "missing.yaml"], "no preset"),

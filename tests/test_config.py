@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.trained import config, cyclic_events, dataset
-from trainer.config import PRESETS, ConfigError, RunConfig, load_config, preset_names, settings
-from trainer.pipeline import Run, one_data
+from trainer.config import (
+    PRESETS,
+    ConfigError,
+    EvaluationConfig,
+    RunConfig,
+    load_config,
+    preset_names,
+    settings,
+)
+from trainer.pipeline import Run, identity, one_data
 
 MINE = """
 name: mine
@@ -137,3 +146,53 @@ def test_every_setting_is_listed_with_default_and_meaning() -> None:
     assert listed["data.history.minimum_value"][0] == "None"
     assert listed["data.source"][0] == "required"
     assert [key for key, (_, meaning) in listed.items() if not meaning] == []
+
+
+def test_what_decides_the_training_part_is_in_a_run_s_identity_and_nothing_else_of_evaluation() -> None:
+    data = dataset(cyclic_events(users=4))
+
+    def of(**evaluation: object) -> str:
+        return identity(config(evaluation=evaluation), data)
+
+    temporal = of(split="temporal")
+    assert of() != temporal != of(split="temporal", quantile=0.8)
+    assert of() == of(quantile=0.8, targets="successive", cutoffs=(1, 10), ease=False)
+    assert temporal == of(split="temporal", targets="successive", ease_l2=1.0)
+
+
+def test_figures_of_one_bundle_mean_the_same() -> None:
+    with pytest.raises(ConfigError, match="differ in `evaluation`"):
+        one_data([config(name="a"), config(name="b", evaluation={"split": "temporal"})])
+
+
+def test_the_readme_tells_the_settings_of_evaluation() -> None:
+    """Names and defaults; the words are the README's own."""
+    text = (Path(__file__).parent.parent / "README.md").read_text().split("### Evaluation")[1].split("\n## ")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, re.M))
+    known = EvaluationConfig().model_dump(mode="json")
+    assert told == {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in known.items()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.loss=hinge"], "training.loss"),
+        (["training.negatives=64"], "negatives is for loss sampled_softmax or gbce or bce, and loss is cross_entropy"),
+        (["training.loss=gbce", "training.in_batch_negatives=9"], "in_batch_negatives is for loss sampled_softmax"),
+        (["training.loss=bce", "training.calibration=0.5"], "calibration is for loss gbce"),
+    ],
+)
+def test_settings_that_the_loss_does_not_read_are_refused(mine: str, overrides: list[str], said: str) -> None:
+    assert said in refusal(mine, *overrides)
+
+
+def test_every_loss_has_its_number_of_negatives(mine: str) -> None:
+    counts = {loss: load_config(mine, [f"training.loss={loss}"]).training.negative_count for loss in ("gbce", "bce")}
+    assert counts == {"gbce": 256, "bce": 1}
+    assert load_config(mine, ["training.loss=bce", "training.negatives=3"]).training.negative_count == 3
+
+
+def test_saved_settings_of_any_loss_can_be_read_again(mine: str) -> None:
+    saved = load_config(mine, ["training.loss=sampled_softmax", "training.in_batch_negatives=64"])
+    assert RunConfig.model_validate(saved.model_dump()) == saved
+    assert RunConfig.model_validate(config().model_dump()) == config()

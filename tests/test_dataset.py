@@ -107,6 +107,15 @@ def test_the_rule_of_the_split_knows_no_held_out_event() -> None:
     assert (at["c"], at["d"]) == (50, 99), "u's events on c and d are held out"
 
 
+def test_in_the_rule_of_the_split_a_training_event_without_a_clock_dates_no_item() -> None:
+    """As in the catalogue: who was used before there was a clock has always been there."""
+    events = [*(("u", i, n) for n, i in enumerate("abc")), *(("u", i, START + n) for n, i in enumerate("cde"))]
+    data = dataset(events, [{"item_id": "b", "available_from": START + 9}])
+    rule = leave_one_out(data).rule
+    starts = {i.item_id: int(rule.available_from[n]) for n, i in enumerate(data.catalogue.items, 1)}
+    assert starts == {"a": BEGINNING, "b": START + 9, "c": START, "d": END, "e": END}
+
+
 def test_with_the_policy_always_events_do_not_date_items() -> None:
     data = dataset([("u", "a", 5), ("u", "b", 1)], [{"item_id": "b", "available_from": 9}], availability="always")
     assert {i.item_id: i.available_from for i in data.catalogue.items} == {"a": BEGINNING, "b": 9}

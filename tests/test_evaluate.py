@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,50 +18,9 @@ from shared.times import DAY
 from tests import worlds
 from tests.trained import ITEMS, KINDS, START, Kind, dataset, world
 from trainer.dataset import Cases, Dataset, leave_one_out
-from trainer.evaluate import (
-    CUTOFFS,
-    MISSED,
-    TOP,
-    baselines,
-    evaluate_served,
-    full_ranks,
-    index_recall,
-    metrics,
-    popularity_scores,
-    served_ranks,
-    vector_scores,
-)
+from trainer.evaluate import TOP, evaluate_served, full_ranks, index_recall, served_ranks, vector_scores
+from trainer.metrics import MISSED
 from trainer.train import encode_torch, evaluate_torch
-
-# --- metrics ------------------------------------------------------------------------------------------
-
-
-def test_metrics_by_hand() -> None:
-    found = metrics(np.array([1, 4, 7, MISSED]))
-    assert found["hr@5"] == 2 / 4
-    assert found["hr@10"] == found["hr@20"] == 3 / 4
-    assert found["ndcg@5"] == pytest.approx((1 + 1 / math.log2(5)) / 4)
-    assert found["ndcg@10"] == pytest.approx((1 + 1 / math.log2(5) + 1 / 3) / 4)
-    assert found["mrr"] == pytest.approx((1 + 1 / 4 + 1 / 7) / 4)
-
-
-@pytest.mark.parametrize(("rank", "hit"), [(5, 1.0), (6, 0.0)])
-def test_a_cutoff_counts_its_own_place(rank: int, hit: float) -> None:
-    assert metrics(np.array([rank]))["hr@5"] == hit
-
-
-def test_no_cases_have_no_metrics() -> None:
-    assert metrics(np.zeros(0, np.int64)) == {}
-
-
-@given(st.lists(st.one_of(st.integers(1, 50), st.just(MISSED)), min_size=1, max_size=30))
-def test_metrics_lie_in_0_1_and_grow_with_the_cutoff(ranks: list[int]) -> None:
-    found = metrics(np.array(ranks))
-    assert all(0 <= value <= 1 for value in found.values())
-    for name in ("hr", "ndcg"):
-        assert all(found[f"{name}@{a}"] <= found[f"{name}@{b}"] for a, b in pairwise(CUTOFFS))
-    assert all(found[f"ndcg@{k}"] <= found[f"hr@{k}"] for k in CUTOFFS)
-
 
 # --- full ranks ---------------------------------------------------------------------------------------
 
@@ -120,43 +78,6 @@ def test_chunks_change_nothing() -> None:
     )
 
 
-# --- popularity ---------------------------------------------------------------------------------------
-
-
-def test_popularity_at_a_target_knows_nothing_of_its_day() -> None:
-    data = dataset(
-        [("early", "a", START), ("late", "b", START + 40 * DAY)]
-        + [("u", i, START + 40 * DAY + n) for n, i in enumerate(["x", "y", "z"])]
-    )
-    split = leave_one_out(data)
-    index = data.catalogue.index_by_id
-    counts = popularity_scores(split.test, split.popularity, None)(np.array([0]))[0]
-    assert {i for i in index if counts[index[i] - 1]} == {"a"}
-    recent = popularity_scores(split.test, split.popularity, 30)(np.array([0]))[0]
-    assert not recent.any()
-
-
-def test_baselines_by_hand() -> None:
-    """Two users on day 5; before that day "hit" has three events, "other" one."""
-    before = [(f"w{n}", item, START) for n, item in enumerate(["hit", "hit", "hit", "other"])]
-    later = [
-        (u, i, START + 5 * DAY + n)
-        for u, goal in (("u", "hit"), ("v", "other"))
-        for n, i in enumerate(["p", "q", goal])
-    ]
-    split = leave_one_out(dataset(before + later))
-    found = baselines(split.test, split.popularity, timed=True)
-    assert set(found) == {"popular", "popular_30d"}
-    assert found["popular"]["mrr"] == pytest.approx((1 + 1 / 2) / 2)
-    assert found["popular"] == found["popular_30d"]
-
-
-def test_without_times_every_training_event_counts() -> None:
-    rows = [(f"w{n}", item, 0) for n, item in enumerate(["hit", "hit", "other"])]
-    split = leave_one_out(dataset([*rows, *[("u", i, 0) for i in ("p", "q", "hit")]], has_times=False))
-    assert baselines(split.test, split.popularity, timed=False) == {"popular": metrics(np.array([1]))}
-
-
 # --- through the bundle -------------------------------------------------------------------------------
 
 
@@ -191,7 +112,7 @@ def test_torch_and_bundle_have_the_same_metrics(kind: Kind) -> None:
     found = world(kind)
     by_torch = evaluate_torch(found.fitted.encoder, found.config, found.split.test)
     model = found.bundle.models[kind]
-    served = evaluate_served(found.split.test, model.encoder, model.retriever, found.split.rule)
+    served = evaluate_served(found.split, model.encoder, model.retriever)
     for name in ("hr@5", "hr@20", "ndcg@10"):
         assert served[name] == pytest.approx(by_torch[name], abs=1e-9)
 
@@ -253,8 +174,7 @@ def test_answers_at_a_time_hold_no_item_that_does_not_exist_then() -> None:
 
 
 def test_what_the_availability_rule_touches_is_counted() -> None:
-    split = leave_one_out(changing())
-    found = evaluate_served(split.test, *circle_model(), split.rule)
+    found = evaluate_served(leave_one_out(changing()), *circle_model())
     assert found["cases"] == 3
     rule = found["availability_rule"]
     # Day 3: 4, 5, 6 are not there; day 5: 2 is over, 4 withdrawn, 6 not yet born; day 9: 2 over, 4 withdrawn.
@@ -268,8 +188,7 @@ def test_what_the_availability_rule_touches_is_counted() -> None:
 
 
 def test_without_times_the_rule_is_off() -> None:
-    split = leave_one_out(changing(has_times=False))
-    found = evaluate_served(split.test, *circle_model(), split.rule)
+    found = evaluate_served(leave_one_out(changing(has_times=False)), *circle_model())
     rule = found["availability_rule"]
     assert (rule["targets_hidden"], rule["users_touched"], rule["items_hidden_mean"]) == (0, 0, 0.0)
     assert rule["ndcg@10"] == found["ndcg@10"]

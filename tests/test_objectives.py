@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.objectives import cross_entropy, mask_items, shift
+from trainer.config import TrainingConfig
+from trainer.objectives import (
+    binary,
+    draw,
+    full_cross_entropy,
+    loss_of,
+    mask_items,
+    positive_power,
+    sampled_softmax,
+    shift,
+)
 
 N = 20
 MASK = N + 1
+
+
+def cross_entropy(hidden: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
+    return loss_of(hidden, targets, vectors, TrainingConfig(), torch.full((len(vectors),), 1 / len(vectors)))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -119,3 +134,168 @@ def test_softmax_runs_over_all_items_and_nothing_else() -> None:
 
 def test_no_target_costs_nothing() -> None:
     assert float(cross_entropy(torch.ones(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64), torch.ones(N, 4))) == 0
+
+
+# --- full cross-entropy in chunks ---------------------------------------------------------------------
+
+P, D = 13, 5
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (P, D), targets (P,), item vectors (N, D), in double precision, with gradients wanted."""
+    dice = generator(seed)
+    hidden = torch.randn(P, D, generator=dice, dtype=torch.float64, requires_grad=True)
+    vectors = torch.randn(N, D, generator=dice, dtype=torch.float64, requires_grad=True)
+    return hidden, torch.randint(1, N + 1, (P,), generator=dice), vectors
+
+
+def gradients(loss: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, of)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, P, 100, None])
+def test_chunks_change_neither_loss_nor_gradients(chunk: int | None) -> None:
+    hidden, targets, vectors = problem()
+    plain = torch.nn.functional.cross_entropy(hidden @ vectors.T, targets - 1, reduction="sum")
+    found = full_cross_entropy(hidden, targets, vectors, chunk)
+    torch.testing.assert_close(found, plain)
+    wanted, got = (gradients(3 * loss, hidden, vectors) for loss in (plain, found))
+    for a, b in zip(wanted, got, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_gradient_is_the_slope() -> None:
+    hidden, targets, vectors = problem()
+    assert torch.autograd.gradcheck(lambda h, v: full_cross_entropy(h, targets, v, 4), (hidden, vectors))
+
+
+def test_no_table_of_all_positions_and_items_is_made() -> None:
+    """The largest tensor that any operation makes, of 400 positions and 500 items in chunks of 10."""
+    hidden, vectors = torch.randn(400, 4, requires_grad=True), torch.randn(500, 4, requires_grad=True)
+    targets = torch.randint(1, 501, (400,))
+    with Largest() as made:
+        gradients(full_cross_entropy(hidden, targets, vectors, 10), hidden, vectors)
+    assert made.elements == 10 * 500
+    with Largest() as made:
+        gradients(torch.nn.functional.cross_entropy(hidden @ vectors.T, targets - 1), hidden, vectors)
+    assert made.elements == 400 * 500
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches the size of what every operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return found
+
+
+# --- sampled losses against their formulas, term by term ----------------------------------------------
+
+
+def test_sampled_softmax_is_its_formula() -> None:
+    hidden, targets, vectors = problem()
+    negatives, expected = torch.tensor([3, 3, 7, 20]), torch.tensor([0.5, 0.5, 0.1, 2.0], dtype=torch.float64)
+    wanted = 0.0
+    for h, t in zip(hidden.tolist(), targets.tolist(), strict=True):
+        score = [sum(a * b for a, b in zip(h, v, strict=True)) for v in vectors.tolist()]
+        rivals = [score[n - 1] - math.log(e) for n, e in zip([3, 3, 7, 20], expected.tolist(), strict=True) if n != t]
+        wanted += math.log(sum(map(math.exp, [score[t - 1], *rivals]))) - score[t - 1]
+    assert sampled_softmax(hidden, targets, vectors, negatives, expected).item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("uniform", "in_batch"), [(40_000, 0), (10_000, 30_000)])
+def test_with_many_negatives_sampled_softmax_is_the_full_one(uniform: int, in_batch: int) -> None:
+    """The correction makes the sample stand for all items, however uneven the batch's items are."""
+    torch.manual_seed(0)
+    share = torch.softmax(torch.randn(N), 0)
+    targets = torch.multinomial(share, 5_000, replacement=True) + 1
+    hidden, vectors = torch.randn(5_000, D), torch.randn(N, D)
+    negatives, expected = draw(targets, share, uniform, in_batch)
+    assert len(negatives) == len(expected) == uniform + in_batch
+    few = slice(0, 200)
+    sampled = float(sampled_softmax(hidden[few], targets[few], vectors, negatives, expected))
+    assert sampled == pytest.approx(float(full_cross_entropy(hidden[few], targets[few], vectors)), rel=0.02)
+
+
+def test_expected_counts_are_those_of_the_draw() -> None:
+    torch.manual_seed(0)
+    share = torch.softmax(torch.randn(N), 0)
+    targets = torch.multinomial(share, 50_000, replacement=True) + 1
+    negatives, expected = draw(targets, share, 20_000, 20_000)
+    counts = torch.bincount(negatives, minlength=N + 1)[1:].float()
+    by_item = torch.zeros(N).scatter_(0, negatives - 1, expected)
+    torch.testing.assert_close(counts, by_item, rtol=0.1, atol=0)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("power", [1.0, 0.3])
+def test_binary_losses_are_their_formula(shared: bool, power: float) -> None:
+    hidden, targets, vectors = problem()
+    negatives = torch.randint(1, N + 1, (4,) if shared else (P, 4), generator=generator(1))
+    rows = negatives.expand(P, 4).tolist()
+    wanted = 0.0
+    for h, t, row in zip(hidden.tolist(), targets.tolist(), rows, strict=True):
+        score = [sum(a * b for a, b in zip(h, v, strict=True)) for v in vectors.tolist()]
+        wanted -= math.log(sigmoid(score[t - 1]) ** power)
+        wanted -= sum(math.log(1 - sigmoid(score[n - 1])) for n in row if n != t)
+    assert binary(hidden, targets, vectors, negatives, power).item() == pytest.approx(wanted)
+
+
+def test_the_power_of_gbce_by_hand() -> None:
+    """Sampling rate 1/4: beta is rate * (t * (1 - 4) + 4)."""
+    assert positive_power(5, 21, 0.0) == pytest.approx(1)
+    assert positive_power(5, 21, 1.0) == pytest.approx(1 / 4)
+    assert positive_power(5, 21, 0.5) == pytest.approx((0.5 * -3 + 4) / 4)
+    assert positive_power(100, 21, 0.75) == 1  # all items: nothing to calibrate
+
+
+def test_a_drawn_target_moves_nothing() -> None:
+    """Its gradient is that of the loss without it, and no nan."""
+    hidden, targets, vectors = problem()
+    targets = torch.full_like(targets, 4)
+    with_it, without = torch.tensor([4, 9]), torch.tensor([9])
+    one = torch.ones(2, dtype=torch.float64)
+    pairs = [
+        (binary(hidden, targets, vectors, with_it, 1.0), binary(hidden, targets, vectors, without, 1.0)),
+        (
+            sampled_softmax(hidden, targets, vectors, with_it, one),
+            sampled_softmax(hidden, targets, vectors, without, one[:1]),
+        ),
+    ]
+    for a, b in pairs:
+        for x, y in zip(gradients(a, hidden, vectors), gradients(b, hidden, vectors), strict=True):
+            torch.testing.assert_close(x, y)
+
+
+LOSSES: list[dict[str, Any]] = [
+    {"loss": "cross_entropy"},
+    {"loss": "sampled_softmax", "negatives": 8},
+    {"loss": "sampled_softmax", "negatives": 4, "in_batch_negatives": 6},
+    {"loss": "gbce", "negatives": 8},
+    {"loss": "bce"},
+]
+
+
+@pytest.mark.parametrize("settings", LOSSES, ids=str)
+def test_every_loss_reads_positions_with_a_target_alone(settings: dict[str, Any]) -> None:
+    hidden, targets, vectors = problem()
+    rows, share = hidden.view(1, P, D), torch.full((N,), 1 / N, dtype=torch.float64)
+    asked = targets.clone()
+    asked[3:] = 0
+    torch.manual_seed(0)
+    loss = loss_of(rows, asked.view(1, P), vectors, TrainingConfig(**settings), share)
+    (found,) = gradients(loss, hidden)
+    assert loss.item() > 0
+    assert found[:3].all()
+    assert not found[3:].any()

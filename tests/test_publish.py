@@ -14,8 +14,8 @@ from shared.bundle import Bundle, BundleError, current_version, read_manifest
 from tests.trained import ITEMS, World, unchanged, world
 from trainer import publish as module
 from trainer.config import IndexConfig
-from trainer.pipeline import baseline
-from trainer.publish import PublishRefusedError, check_gate, index_of, publish, self_recall
+from trainer.pipeline import rivals
+from trainer.publish import Candidate, PublishRefusedError, check_gate, index_of, publish, self_recall
 
 POPULAR = {"popular": {"ndcg@10": 0.3}, "popular_30d": {"ndcg@10": 0.4}}
 
@@ -91,6 +91,23 @@ def test_other_data_is_not_compared(tmp_path: Path, circle: World) -> None:
     assert put(tmp_path, other, 0.5).name == current_version(tmp_path)
 
 
+def test_figures_of_another_split_are_not_compared(tmp_path: Path, circle: World) -> None:
+    def measured(protocol: str, score: float) -> dict[str, Candidate]:
+        found = circle.candidate(score)
+        return {"sasrec": replace(found, metrics={**found.metrics, "protocol": protocol})}
+
+    data, split = circle.dataset, circle.split
+    publish(tmp_path, data, split.popularity, measured("leave-one-out", 0.9), POPULAR, split.test)
+    assert "no live model was measured" in check_gate(tmp_path, data, measured("temporal", 0.5), POPULAR)
+    assert "not below the live sasrec" in check_gate(tmp_path, data, measured("leave-one-out", 0.9), POPULAR)
+    with pytest.raises(PublishRefusedError, match="the live bundle"):
+        check_gate(tmp_path, data, measured("leave-one-out", 0.5), POPULAR)
+
+
+def test_only_popularity_is_a_bar_not_every_baseline(tmp_path: Path, circle: World) -> None:
+    check_gate(tmp_path, circle.dataset, {"sasrec": circle.candidate(0.5)}, {**POPULAR, "ease": {"ndcg@10": 0.9}})
+
+
 def test_a_model_of_another_name_is_not_compared(tmp_path: Path, circle: World) -> None:
     put(tmp_path, circle, 0.9)
     said = check_gate(tmp_path, circle.dataset, {"newcomer": circle.candidate(0.5)}, POPULAR)
@@ -123,8 +140,8 @@ def test_a_bundle_that_does_not_load_is_never_made_live(
 
 
 def test_the_real_model_passes_the_real_gate(tmp_path: Path, circle: World) -> None:
-    candidates, popular = {"sasrec": circle.candidate()}, baseline(circle.dataset, circle.split)
-    assert max(p["ndcg@10"] for p in popular.values()) < 0.8
+    candidates, popular = {"sasrec": circle.candidate()}, rivals(circle.split, circle.config.evaluation).metrics
+    assert max(p["ndcg@10"] for name, p in popular.items() if name != "ease") < 0.8
     target = publish(tmp_path, circle.dataset, circle.split.popularity, candidates, popular, circle.split.test)
     assert current_version(tmp_path) == target.name
 

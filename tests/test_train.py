@@ -119,7 +119,7 @@ def test_a_validation_that_never_comes_leaves_the_last_epoch(tmp_path: Path) -> 
 
 
 def test_a_loss_that_is_no_number_stops_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "cross_entropy", lambda hidden, *_: hidden.sum() * math.nan)
+    monkeypatch.setattr(module, "loss_of", lambda hidden, *_: hidden.sum() * math.nan)
     with pytest.raises(TrainingError, match=r"loss is nan in epoch 0: try a smaller training\.lr"):
         train(config(), tmp_path)
 
@@ -162,3 +162,21 @@ def test_the_loss_is_divided_by_the_mean_number_of_guesses() -> None:
     one = {"batch_size": 1, "mask_probability": 0.25}
     assert Batches(sequences, config("sasrec", training=one)).tokens_per_batch() == (6 + 2) / 2
     assert Batches(sequences, config("bert4rec", training=one)).tokens_per_batch() == 0.25 * (7 + 3) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss": "sampled_softmax", "negatives": 16},
+        {"loss": "sampled_softmax", "negatives": 8, "in_batch_negatives": 16},
+        {"loss": "gbce", "negatives": 16},
+        {"loss": "bce", "negatives": 2},
+    ],
+    ids=str,
+)
+def test_every_loss_learns_the_circle(tmp_path: Path, loss: dict[str, Any]) -> None:
+    # Binary losses first push all scores down, so they take longer to find the circle.
+    found = train(config(training={"epochs": 60, "patience": 60, "batch_size": 16, **loss}), tmp_path)
+    assert found.best is not None
+    assert found.best > 0.9

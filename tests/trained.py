@@ -24,9 +24,10 @@ from shared.events import IntArray
 from shared.times import DAY, SECOND, of_year
 from trainer.config import RunConfig
 from trainer.dataset import Dataset, Split, build_dataset, leave_one_out
-from trainer.evaluate import metrics, served_ranks
+from trainer.evaluate import served_ranks
 from trainer.export import Exported, export
-from trainer.pipeline import baseline
+from trainer.metrics import metrics
+from trainer.pipeline import rivals
 from trainer.publish import Candidate, write_bundle
 from trainer.sources import RawData, SourceReport, TableReport
 from trainer.sources.report import EVENTS_SCHEMA, ITEMS_SCHEMA
@@ -160,7 +161,8 @@ def world(kind: Kind) -> World:
     target = folder / "bundle"
     target.mkdir()
     candidate = Candidate(settings, exported, "split", fitted.epochs, {})
-    write_bundle(target, data, split.popularity, {kind: candidate}, baseline(data, split), split.test)
+    baselines = rivals(split, settings.evaluation).metrics
+    write_bundle(target, data, split.popularity, {kind: candidate}, baselines, split.test)
     return World(data, split, settings, fitted, exported, Bundle.load(target))
 
 

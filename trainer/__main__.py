@@ -20,8 +20,9 @@ from shared.bundle import Bundle, BundleError, current_version
 from shared.catalogue import CatalogueError
 from shared.database import SchemaError
 from trainer import pipeline
+from trainer.compare import CompareError, compare, comparison_table, load_ranks
 from trainer.config import ConfigError, RunConfig, load_config, preset_names, settings
-from trainer.dataset import Dataset, DatasetError, leave_one_out, load_dataset
+from trainer.dataset import Dataset, DatasetError, load_dataset
 from trainer.export import ExportError, export
 from trainer.pipeline import Run
 from trainer.predict import check_table, write_table
@@ -29,11 +30,12 @@ from trainer.predict import predict as predict_lists
 from trainer.publish import Fit, PublishRefusedError, index_of, self_recall
 from trainer.seed import seed_log
 from trainer.sources import SOURCES, RawData, SourceError, describe
+from trainer.splits import split_of
 from trainer.train import TrainingError
 
 KNOWN_ERRORS = (
-    BundleError, CatalogueError, ConfigError, DatasetError, ExportError, PublishRefusedError, SchemaError, SourceError,
-    TrainingError,
+    BundleError, CatalogueError, CompareError, ConfigError, DatasetError, ExportError, PublishRefusedError, SchemaError,
+    SourceError, TrainingError,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -155,8 +157,20 @@ def evaluate(names: Models, runs: Runs = Path("runs")) -> None:
     dataset = dataset_of(configs[0])
     for name in names:
         Run.of(runs, name, "split").check_data(dataset)
-    split = leave_one_out(dataset)
-    say(pipeline.metrics_table(pipeline.evaluate(fitted, dataset, split, runs), pipeline.baseline(dataset, split)))
+    evaluation = configs[0].evaluation
+    split = split_of(dataset, evaluation)
+    against = pipeline.rivals(split, evaluation)
+    pipeline.tell(pipeline.evaluate(fitted, dataset, split, runs, against), against, runs, say)
+
+
+@app.command("compare")
+def compare_command(
+    run_a: Annotated[str, typer.Argument(help="Name of an evaluated run, or the path of its folder.")],
+    run_b: Annotated[str, typer.Argument(help="The run that may be better.")],
+    runs: Runs = Path("runs"),
+) -> None:
+    """Is one run better than another? Differences user by user, with bootstrap intervals and permutation tests."""
+    say(comparison_table(compare(*(load_ranks(runs, name) for name in (run_a, run_b)))))
 
 
 @app.command("export")

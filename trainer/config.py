@@ -11,11 +11,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, Self
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shared.bundle import MODEL_PATTERN
 from shared.events import HistoryPolicy
@@ -23,6 +23,13 @@ from trainer.sources import SOURCES, SourceConfig
 
 PRESETS = Path(__file__).parent / "configs"
 AvailabilityPolicy = Literal["first_event", "always"]
+Loss = Literal["cross_entropy", "sampled_softmax", "gbce", "bce"]
+LOSS_SETTINGS: Final = {
+    "negatives": ("sampled_softmax", "gbce", "bce"),
+    "in_batch_negatives": ("sampled_softmax",),
+    "calibration": ("gbce",),
+}
+"""Setting of training -> the losses that read it."""
 
 
 class ConfigError(Exception):
@@ -63,6 +70,15 @@ class TrainingConfig(_Section):
     batch_size: int = Field(128, ge=1, description="Users a step.")
     lr: float = Field(1e-3, gt=0, description="Learning rate of Adam.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled, as in AdamW.")
+    loss: Loss = Field(
+        "cross_entropy",
+        description="cross_entropy over all items up to about 50,000 of them, above that sampled_softmax.",
+    )
+    negatives: int | None = Field(
+        None, ge=1, description="Drawn from all items: for each position with bce (1), for each batch otherwise (256)."
+    )
+    in_batch_negatives: int = Field(0, ge=0, description="sampled_softmax: drawn from the batch's targets besides.")
+    calibration: float = Field(0.75, ge=0, le=1, description="gbce: t; 0 is bce, 1 the most calibrated.")
     mask_probability: float = Field(0.2, gt=0, lt=1, description="BERT4Rec: share of positions to guess.")
     last_item_probability: float = Field(
         0.05,
@@ -74,6 +90,45 @@ class TrainingConfig(_Section):
     accelerator: str = Field("auto", description="cpu, gpu or auto.")
     threads: int = Field(2, ge=1, description="CPU threads of torch.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
+
+    @property
+    def negative_count(self) -> int:
+        """K that the loss draws from all items."""
+        return self.negatives or (1 if self.loss == "bce" else 256)
+
+    @model_validator(mode="after")
+    def _only_what_the_loss_reads(self) -> Self:
+        for name, losses in LOSS_SETTINGS.items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.loss not in losses:
+                raise ValueError(f"{name} is for loss {' or '.join(losses)}, and loss is {self.loss}")
+        return self
+
+
+class EvaluationConfig(_Section):
+    """What is held out, and what is measured on it."""
+
+    split: Literal["leave_one_out", "temporal"] = Field(
+        "leave_one_out", description="Each user's last event, or all that happened after one moment, for all users."
+    )
+    quantile: float = Field(0.9, gt=0, lt=1, description="Temporal: share of the events up to the cut.")
+    targets: Literal["last", "successive"] = Field(
+        "last", description="Temporal: guess each user's last event after the cut, or every one of them."
+    )
+    cutoffs: tuple[int, ...] = Field((5, 10, 20), description="The k of hr@k and so on; 10 is among them.")
+    ease: bool = Field(default=True, description="Measure EASE beside the models: strong, and no training loop.")
+    ease_l2: float = Field(300.0, gt=0, description="EASE: weight of the penalty.")
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """What of this section decides which events are not trained on."""
+        return self.model_dump(include={"split"} if self.split == "leave_one_out" else {"split", "quantile"})
+
+    @field_validator("cutoffs")
+    @classmethod
+    def _ascending(cls, cutoffs: tuple[int, ...]) -> tuple[int, ...]:
+        if 10 not in cutoffs or min(cutoffs) < 1 or max(cutoffs) > 1000:
+            raise ValueError("name numbers from 1 to 1000, 10 among them: early stopping and the gate look at NDCG@10")
+        return tuple(sorted(set(cutoffs)))
 
 
 class IndexConfig(_Section):
@@ -100,6 +155,7 @@ class RunConfig(_Section):
     data: DataConfig
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     index: IndexConfig = IndexConfig()
     publish: PublishConfig = PublishConfig()
 

@@ -224,10 +224,11 @@ class Split:
     """What is trained on, and what is held out."""
 
     sequences: Sequences
-    popularity: Popularity
+    popularity: Popularity  # of the training events alone
+    rule: Availability  # as known from declared dates and training events alone
     validation: Cases
     test: Cases
-    rule: Availability  # as the training events alone give it: an item first met in a held-out event is not there
+    protocol: str = "leave-one-out"
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ class Sequences:
 
 def everything(dataset: Dataset) -> tuple[Sequences, Popularity]:
     """All events, for the refit that is published."""
-    return _training(dataset, dataset.offsets[1:])
+    return training_part(dataset, dataset.offsets[1:])
 
 
 def leave_one_out(dataset: Dataset) -> Split:
@@ -261,26 +262,9 @@ def leave_one_out(dataset: Dataset) -> Split:
     asked = np.flatnonzero(second >= 0)
     stops = dataset.offsets[1:].copy()
     stops[asked] = second[asked]
-    sequences, popularity = _training(dataset, stops)
-    return Split(
-        sequences,
-        popularity,
-        Cases(dataset, asked, second[asked]),
-        Cases(dataset, asked, last[asked]),
-        _rule(dataset, stops),
-    )
-
-
-def _rule(dataset: Dataset, stops: IntArray) -> Availability:
-    """Availability from declared dates and the rows of each user before `stops` (U,)."""
-    if not dataset.has_times:
-        return Availability.open(len(dataset.catalogue))
-    if dataset.availability.policy == "always":
-        return Availability.of(dataset.catalogue)
-    starts = np.concatenate(([END], dataset.declared))
-    inside = (np.arange(len(dataset.item)) < stops[dataset.user]) & (dataset.timestamp >= UNDATED)
-    np.minimum.at(starts, dataset.item[inside], dataset.timestamp[inside])
-    return Availability.starting(dataset.catalogue, starts[1:])
+    sequences, popularity = training_part(dataset, stops)
+    rule = training_rule(dataset, stops)
+    return Split(sequences, popularity, rule, Cases(dataset, asked, second[asked]), Cases(dataset, asked, last[asked]))
 
 
 def _last_feeding_rows(dataset: Dataset) -> tuple[IntArray, IntArray]:
@@ -294,7 +278,27 @@ def _last_feeding_rows(dataset: Dataset) -> tuple[IntArray, IntArray]:
     return last, second
 
 
-def _training(dataset: Dataset, stops: IntArray) -> tuple[Sequences, Popularity]:
+def training_rule(dataset: Dataset, stops: IntArray) -> Availability:
+    """Which items exist when, by what is known without held-out events: the rows of each user before `stops` (U,).
+
+    An item exists from the earlier of its declared date and its first training event; with neither it never does.
+    The catalogue's own dates count held-out events too, so a target would vouch for its own item. A training event
+    without a clock proves that its item was there, and dates nothing. Without times there is no such rule.
+    """
+    if not dataset.has_times:
+        return Availability.open(len(dataset.catalogue))
+    if dataset.availability.policy == "always":
+        return Availability.of(dataset.catalogue)
+    inside = np.arange(len(dataset.item)) < stops[dataset.user]
+    clocked = inside & (dataset.timestamp >= UNDATED)
+    starts = np.concatenate(([END], dataset.declared))  # (N + 1,)
+    np.minimum.at(starts, dataset.item[clocked], dataset.timestamp[clocked])
+    placed = dataset.item[inside & ~clocked]
+    starts[placed] = np.where(starts[placed] == END, BEGINNING, starts[placed])
+    return Availability.starting(dataset.catalogue, starts[1:])
+
+
+def training_part(dataset: Dataset, stops: IntArray) -> tuple[Sequences, Popularity]:
     """Sequences and popularity of the rows of each user before `stops` (U,)."""
     inside = np.arange(len(dataset.item)) < stops[dataset.user]
     used = inside & dataset.feeds

@@ -1,4 +1,4 @@
-"""Metrics by ranking the full catalogue, in torch and through the bundle, beside popularity.
+"""Ranks in the full catalogue, in torch and through the bundle.
 
 Rules: what the user saw before the target is filtered, the whole of it; ties rank pessimistically;
 no sampled negatives. Figures that are compared with papers know no availability rule; what the rule
@@ -8,6 +8,7 @@ touches is reported beside them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,31 +17,15 @@ from numpy.typing import NDArray
 from shared.catalogue import Availability
 from shared.encoder import Encoder, Vectors
 from shared.events import IntArray
-from shared.popularity import RECENT_DAYS, Popularity
+from shared.popularity import Popularity
 from shared.retrieval import Retriever, Scope
-from trainer.dataset import Cases
+from shared.times import END
+from trainer.dataset import Cases, Split
+from trainer.metrics import CUTOFFS, MISSED, intervals, list_metrics, metrics
 
-CUTOFFS: Final = (5, 10, 20)
 TOP: Final = 20
-MISSED: Final = 1 << 40  # the rank of a target that is in no list
 Scores = Callable[[IntArray], NDArray[np.floating[Any]]]
 """Positions of cases (C,) to scores of all items (C, N)."""
-
-
-def metrics(ranks: IntArray) -> dict[str, float]:
-    """Means over cases of ranks (C,), 1 is best.
-
-    ranks 1 and 4: hr@5 = 2/2, ndcg@5 = (1/log2(2) + 1/log2(5)) / 2, mrr = (1/1 + 1/4) / 2
-    """
-    if not len(ranks):
-        return {}
-    found: dict[str, float] = {}
-    gain = 1 / np.log2(ranks + 1.0)
-    for k in CUTOFFS:
-        found[f"hr@{k}"] = float(np.mean(ranks <= k))
-        found[f"ndcg@{k}"] = float(np.mean(np.where(ranks <= k, gain, 0)))
-    found["mrr"] = float(np.mean(np.where(ranks < MISSED, 1 / ranks, 0)))
-    return found
 
 
 def full_ranks(cases: Cases, scores: Scores, chunk: int = 256) -> IntArray:
@@ -68,62 +53,73 @@ def vector_scores(queries: Vectors, vectors: Vectors) -> Scores:
     return lambda part: queries[part] @ vectors.T
 
 
-def popularity_scores(cases: Cases, popularity: Popularity, window: int | None) -> Scores:
-    """Counts of training events before each target's day, in `window` days or since ever."""
-    times = cases.timestamp
-
-    def scores(part: IntArray) -> NDArray[np.floating[Any]]:
-        return np.stack([popularity.popular(int(times[case]), window)[1:] for case in part]).astype(np.float32)
-
-    return scores
-
-
-def baselines(cases: Cases, popularity: Popularity, *, timed: bool) -> dict[str, dict[str, float]]:
-    """What popularity alone reaches on the same cases."""
-    if not timed:  # without times every training event is "before"
-        counts = popularity.popular(1 << 61)[1:].astype(np.float32)
-        return {"popular": metrics(full_ranks(cases, lambda part: np.tile(counts, (len(part), 1))))}
-    windows = {"popular": None, f"popular_{RECENT_DAYS}d": RECENT_DAYS}
-    return {name: metrics(full_ranks(cases, popularity_scores(cases, popularity, w))) for name, w in windows.items()}
-
-
 def encode_cases(encoder: Encoder, histories: Sequence[IntArray]) -> tuple[IntArray, Vectors]:
     """Query vectors of the cases that have a history: their positions (C',) and vectors (C', D)."""
     asked = np.array([c for c, h in enumerate(histories) if len(h)], np.int64)
     return asked, encoder.encode([histories[c] for c in asked])
 
 
-def served_ranks(cases: Cases, encoder: Encoder, retriever: Retriever, availability: Availability) -> IntArray:
-    """Ranks as a user of the service sees them: the place in the top-20 list from ONNX and retrieval, (C,)."""
-    ranks = np.full(len(cases), MISSED, np.int64)
-    targets, seen, times = cases.target, cases.seen(), cases.timestamp
+@dataclass(frozen=True)
+class Served:
+    """Lists (C, K) of item indices as a user of the service sees them, 0 where a list is short."""
+
+    free: IntArray  # every item may be recommended at all times, as in papers
+    ruled: IntArray  # by the availability rule at each target's time
+
+
+def served_lists(cases: Cases, encoder: Encoder, retriever: Retriever, rule: Availability, top: int = TOP) -> Served:
+    """Lists from ONNX and retrieval, without and with the availability rule."""
+    free, ruled = np.zeros((2, len(cases), top), np.int64)
+    everything, seen, times = Availability.open(len(cases.dataset.catalogue)), cases.seen(), cases.timestamp
     asked, queries = encode_cases(encoder, cases.histories())
     for case, query in zip(asked, queries, strict=True):
-        scope = Scope(availability, int(times[case]), np.unique(seen[case]))
-        place = np.flatnonzero(retriever.retrieve(query, TOP, scope).items == targets[case])
-        if len(place):
-            ranks[case] = place[0] + 1
-    return ranks
+        banned = np.unique(seen[case])
+        for lists, availability in ((free, everything), (ruled, rule)):
+            found = retriever.retrieve(query, top, Scope(availability, int(times[case]), banned)).items
+            lists[case, : len(found)] = found
+    return Served(free, ruled)
 
 
-def evaluate_served(cases: Cases, encoder: Encoder, retriever: Retriever, rule: Availability) -> dict[str, Any]:
-    """Metrics through the bundle, without and with the availability rule of the split, and what the rule touches."""
-    catalogue = cases.dataset.catalogue
-    open_ranks = served_ranks(cases, encoder, retriever, Availability.open(len(catalogue)))
-    ruled_ranks = served_ranks(cases, encoder, retriever, rule)
-    times = cases.timestamp
-    hidden = [not rule.allowed(np.array([t]), int(at))[0] for t, at in zip(cases.target, times, strict=True)]
+def list_ranks(lists: IntArray, targets: IntArray) -> IntArray:
+    """Place of each target (C,) in its list (C, K), from 1; MISSED where it is not in it."""
+    hits = lists == targets[:, None]  # (C, K)
+    return np.where(hits.any(1), hits.argmax(1) + 1, MISSED)
+
+
+def served_ranks(cases: Cases, encoder: Encoder, retriever: Retriever, availability: Availability) -> IntArray:
+    """Ranks as a user of the service sees them: the place in the top-20 list by `availability`, (C,)."""
+    return list_ranks(served_lists(cases, encoder, retriever, availability).ruled, cases.target)
+
+
+def served_metrics(
+    cases: Cases, served: Served, rule: Availability, popularity: Popularity, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, Any]:
+    """Metrics of lists, without and with the availability rule, and what the rule touches."""
+    targets, times, counts = cases.target, cases.timestamp, popularity.popular(END)
+    ranks = list_ranks(served.free, targets)
+    hidden = [not rule.allowed(np.array([t]), int(at))[0] for t, at in zip(targets, times, strict=True)]
     fewer = [items_hidden(rule, int(at)) for at in times]
+    ruled = metrics(list_ranks(served.ruled, targets), cutoffs, cases.user)
     return {
         "cases": len(cases),
-        **metrics(open_ranks),
+        "users": len(np.unique(cases.user)),
+        **metrics(ranks, cutoffs, cases.user),
+        "intervals": intervals(ranks, cases.user, [f"{kind}@{k}" for kind in ("hr", "ndcg") for k in cutoffs]),
+        "lists": list_metrics(served.free, targets, counts),
+        "targets_without_training_event": int(np.count_nonzero(counts[targets] == 0)),
         "availability_rule": {
-            **{name: value for name, value in metrics(ruled_ranks).items() if name.endswith("@10")},
+            **{name: value for name, value in ruled.items() if name.endswith("@10")},
             "targets_hidden": int(np.sum(hidden)),
-            "users_touched": int(np.count_nonzero(fewer)),
+            "users_touched": len(np.unique(cases.user[np.array(fewer, np.int64) > 0])),
             "items_hidden_mean": float(np.mean(fewer)) if fewer else 0.0,
         },
     }
+
+
+def evaluate_served(split: Split, encoder: Encoder, retriever: Retriever) -> dict[str, Any]:
+    """Metrics of the split's test cases through an encoder and a retriever, by the split's rule."""
+    served = served_lists(split.test, encoder, retriever, split.rule)
+    return served_metrics(split.test, served, split.rule, split.popularity)
 
 
 def items_hidden(rule: Availability, as_of: int) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shared.sequences import PAD
+from trainer.config import TrainingConfig
 
 IGNORE = PAD  # a target that is no target
+LOGITS: Final = 1 << 24  # numbers in a chunk of logits
 
 
 def shift(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,11 +51,111 @@ def mask_items(
     return inputs, torch.where(chosen, rows, IGNORE)
 
 
-def cross_entropy(hidden: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
-    """Summed cross-entropy over all N items at the positions that have a target.
+# --- losses: hidden states at positions with a target (P, D), their items (P,) 1..N, item vectors (N, D) -------
 
-    hidden (B, T, D), targets (B, T) item indices or PAD, vectors (N, D): softmax runs over 1..N alone.
+
+def loss_of(hidden: Tensor, targets: Tensor, vectors: Tensor, settings: TrainingConfig, share: Tensor) -> Tensor:
+    """The loss that the settings name, summed over the positions that have a target.
+
+    hidden (B, T, D), targets (B, T) item indices or PAD, vectors (N, D); share (N,) of each item in the training
+    events. Negatives are drawn from torch's own generator, which the loop seeds for each epoch.
     """
     wanted = targets != IGNORE  # (B, T)
-    logits = hidden[wanted] @ vectors.T  # (P, D) @ (D, N) -> (P, N)
-    return F.cross_entropy(logits, targets[wanted] - 1, reduction="sum")
+    hidden, targets = hidden[wanted], targets[wanted]  # (P, D), (P,)
+    N, K = len(vectors), settings.negative_count
+    if settings.loss == "cross_entropy":
+        return full_cross_entropy(hidden, targets, vectors)
+    if settings.loss == "sampled_softmax":
+        drawn, expected = draw(targets, share, K, settings.in_batch_negatives)
+        return sampled_softmax(hidden, targets, vectors, drawn, expected)
+    if settings.loss == "gbce":
+        drawn = torch.randint(1, N + 1, (K,), device=targets.device)
+        return binary(hidden, targets, vectors, drawn, positive_power(K, N, settings.calibration))
+    drawn = torch.randint(1, N + 1, (len(targets), K), device=targets.device)
+    return binary(hidden, targets, vectors, drawn, 1.0)
+
+
+def full_cross_entropy(hidden: Tensor, targets: Tensor, vectors: Tensor, chunk: int | None = None) -> Tensor:
+    """Summed cross-entropy over all N items, PAD and MASK not among them.
+
+    `chunk` positions at a time (so many that their logits take 64 MB): logits of a chunk turn into gradients at once
+    and are forgotten, so memory grows with P * D + N * D and never with P * N.
+    """
+    size = max(1, LOGITS // len(vectors)) if chunk is None else chunk
+    found: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, vectors, size)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradient of the sum is known as soon as the logits are: softmax less one at the target."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, vectors: Tensor, chunk: int) -> Tensor:
+        total, to_hidden, to_vectors = hidden.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(vectors)
+        learns = any(ctx.needs_input_grad)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = hidden[part] @ vectors.T  # (c, D) @ (D, N) -> (c, N)
+            total += F.cross_entropy(logits, targets[part] - 1, reduction="sum")
+            if learns:
+                share = torch.softmax(logits, dim=1, out=logits)  # (c, N), in place of the logits
+                share[torch.arange(len(share), device=share.device), targets[part] - 1] -= 1
+                torch.mm(share, vectors, out=to_hidden[part])  # (c, D)
+                to_vectors.addmm_(share.T, hidden[part])  # (N, D)
+        ctx.save_for_backward(to_hidden, to_vectors)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        to_hidden, to_vectors = ctx.saved_tensors
+        return to_hidden * scale, None, to_vectors * scale, None
+
+
+def draw(targets: Tensor, share: Tensor, uniform: int, in_batch: int) -> tuple[Tensor, Tensor]:
+    """Negatives (K,) that all positions of a batch share, and how often each was to be expected among them, (K,).
+
+    `uniform` of them from all items, `in_batch` from the batch's own targets, which are as frequent as their share.
+    """
+    drawn = torch.randint(1, len(share) + 1, (uniform,), device=targets.device)
+    picked = targets[torch.randint(len(targets), (in_batch,), device=targets.device)]
+    negatives = torch.cat((drawn, picked))
+    return negatives, uniform / len(share) + in_batch * share[negatives - 1]
+
+
+def sampled_softmax(hidden: Tensor, targets: Tensor, vectors: Tensor, negatives: Tensor, expected: Tensor) -> Tensor:
+    """Summed cross-entropy against negatives (K,) instead of all items.
+
+    Each negative's score is lowered by the log of how often it was to be expected, so that the sum over negatives
+    estimates the sum over all items without bias (Bengio & Senecal 2008; Yi et al. 2019). The target's own score stays
+    as it is: it is always there. A negative that is the target counts for nothing.
+    """
+    right = _positive_scores(hidden, targets, vectors)  # (P,)
+    wrong = _negative_scores(hidden, targets, vectors, negatives) - expected.log()  # (P, K)
+    return (torch.logsumexp(torch.cat((right[:, None], wrong), dim=1), dim=1) - right).sum()
+
+
+def binary(hidden: Tensor, targets: Tensor, vectors: Tensor, negatives: Tensor, power: float) -> Tensor:
+    """Summed binary cross-entropy of targets and negatives, (K,) shared or (P, K); `power` weighs the positive.
+
+    power 1 with one negative a position is SASRec's own loss; `positive_power` makes it gBCE.
+    """
+    right = _positive_scores(hidden, targets, vectors)  # (P,)
+    wrong = _negative_scores(hidden, targets, vectors, negatives)  # (P, K)
+    return -(power * F.logsigmoid(right).sum() + F.logsigmoid(-wrong).sum())
+
+
+def positive_power(negatives: int, item_count: int, calibration: float) -> float:
+    """beta of gBCE (Petrov & Macdonald 2023, "gSASRec", section 5): 1 at calibration 0, the sampling rate at 1."""
+    rate = min(1.0, negatives / max(item_count - 1, 1))
+    return rate * (calibration * (1 - 1 / rate) + 1 / rate)
+
+
+def _positive_scores(hidden: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
+    return (hidden * vectors[targets - 1]).sum(-1)  # (P, D) -> (P,)
+
+
+def _negative_scores(hidden: Tensor, targets: Tensor, vectors: Tensor, negatives: Tensor) -> Tensor:
+    """(P, K); -inf where a negative is the position's own target."""
+    rows = vectors[negatives - 1]  # (K, D) or (P, K, D)
+    scores = hidden @ rows.T if negatives.ndim == 1 else torch.einsum("pd,pkd->pk", hidden, rows)
+    return scores.masked_fill(negatives == targets[:, None], -torch.inf)

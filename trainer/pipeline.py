@@ -2,8 +2,10 @@
 
 Each step leaves its result in the run's folder, so that the commands of the CLI can also be called one by one:
 
-    runs/sasrec/split/   config.yaml  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  fit.json  metrics.json
-    runs/sasrec/all/     config.yaml  last.ckpt  tensorboard/  fit.json  export/{encoder.onnx,vectors.npy,export.json}
+    runs/sasrec/split/   config.yaml  started.json  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  epochs.csv
+                         fit.json  metrics.json  baselines.json  ranks.npz  report.json  report.html
+    runs/sasrec/all/     config.yaml  started.json  last.ckpt  tensorboard/  epochs.csv  fit.json
+                         export/{encoder.onnx,vectors.npy,export.json,index.hnsw}
 """
 
 from __future__ import annotations
@@ -21,14 +23,20 @@ from omegaconf import OmegaConf
 
 from shared.bundle import Parity, sha256
 from shared.encoder import EncoderSpec
+from shared.events import IntArray
 from shared.popularity import Popularity
 from shared.retrieval import load_index
-from trainer.config import ConfigError, RunConfig, validate
-from trainer.dataset import Cases, Dataset, Sequences, Split, everything, leave_one_out
-from trainer.evaluate import baselines
+from trainer.baselines import rival_ranks
+from trainer.compare import CaseRanks
+from trainer.config import ConfigError, EvaluationConfig, RunConfig, validate
+from trainer.dataset import Cases, Dataset, Sequences, Split, everything
+from trainer.evaluate import TOP, list_ranks, served_metrics
 from trainer.export import Exported, export
+from trainer.metrics import intervals, metrics
 from trainer.publish import Candidate, Fit, check_gate, measure, publish
+from trainer.report import write_report
 from trainer.sources.config import SqlSource
+from trainer.splits import split_of
 from trainer.train import Fitted, TrainingError, evaluate_torch, fit, load_encoder
 
 Say = Callable[[str], None]
@@ -159,9 +167,9 @@ class Run:
 
 
 def identity(config: RunConfig, dataset: Dataset) -> str:
-    """Hash of what decides the weights: data, network, training. Name, index and publishing do not."""
+    """Hash of what decides the weights: data, held-out events, network, training. Name, index and publishing do not."""
     settings = config.model_dump(mode="json", include={"data", "model", "training"})
-    text = json.dumps([settings, dataset.info().fingerprint], sort_keys=True)
+    text = json.dumps([settings, config.evaluation.held_out, dataset.info().fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -171,6 +179,8 @@ def one_data(configs: Sequence[RunConfig]) -> None:
         raise ConfigError("these presets differ in `data`; models of one bundle must be trained on the same data")
     if len({c.publish.refit for c in configs}) > 1:
         raise ConfigError("these presets differ in publish.refit; models of one bundle are fitted alike")
+    if any(c.evaluation != configs[0].evaluation for c in configs):
+        raise ConfigError("these presets differ in `evaluation`; figures of one bundle must mean the same")
     names = [c.name for c in configs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two presets have the same name ({', '.join(names)}); set name=... in one of them")
@@ -181,9 +191,9 @@ def train(
 ) -> Fitted:
     """Train one model on the split (early stopping) or on all events (`epochs` to the end)."""
     run = Run.of(runs, config.name, which)
+    sequences, validation = _part(config, dataset, which)  # before `start`: what cannot be split replaces no run
     epochs = epochs or _chosen_epochs(config, which, runs)
     kept = run.start(config, dataset, epochs, resume=resume)
-    sequences, validation = _part(dataset, which)
     fitted = fit(
         config, len(dataset.catalogue), sequences, validation, run.folder,
         epochs=epochs, resume=kept,
@@ -198,40 +208,69 @@ def _chosen_epochs(config: RunConfig, which: Fit, runs: Path) -> int | None:
     return int(split.read("fit.json", "train")["epochs"]) if which == "all" and split.is_fitted() else None
 
 
-def _part(dataset: Dataset, which: Fit) -> tuple[Sequences, Cases | None]:
+def _part(config: RunConfig, dataset: Dataset, which: Fit) -> tuple[Sequences, Cases | None]:
     if which == "all":
         return everything(dataset)[0], None
-    split = leave_one_out(dataset)
+    split = split_of(dataset, config.evaluation)
     return split.sequences, split.validation if len(split.validation) else None
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """What baselines reach on the test cases."""
+
+    ranks: Mapping[str, IntArray]  # (C,) each
+    metrics: dict[str, dict[str, Any]]
+    notes: list[str]
+
+
+def rivals(split: Split, config: EvaluationConfig) -> Rivals:
+    """Popularity before each target, and EASE; nothing without cases."""
+    ranks, notes = rival_ranks(split, config)
+    names = [f"{kind}@{k}" for kind in ("hr", "ndcg") for k in config.cutoffs]
+    users = split.test.user
+    found = {
+        name: {**metrics(r, config.cutoffs, users), "intervals": intervals(r, users, names)}
+        for name, r in ranks.items()
+    }
+    return Rivals(ranks, found, notes)
+
+
 def evaluate(
-    fitted: Mapping[str, tuple[RunConfig, Fitted]], dataset: Dataset, split: Split, runs: Path
+    fitted: Mapping[str, tuple[RunConfig, Fitted]], dataset: Dataset, split: Split, runs: Path, against: Rivals
 ) -> dict[str, Candidate]:
-    """Split fits with their test metrics, through a bundle and by torch; also kept in each run's `metrics.json`."""
+    """Split fits with their test metrics, through a bundle and by torch.
+
+    Each run's folder gets `metrics.json`, `baselines.json`, `ranks.npz` (what `compare` reads) and the report.
+    """
     bare = {
         name: Candidate(config, export(model.encoder, config), "split", model.epochs, {})
         for name, (config, model) in fitted.items()
     }
-    served = measure(dataset, split, bare, runs) if len(split.test) else {}
+    top = max(TOP, *(k for config, _ in fitted.values() for k in config.evaluation.cutoffs))
+    served = measure(dataset, split, bare, runs, top) if len(split.test) else {}
     found = {}
     for name, (config, model) in fitted.items():
-        metrics = {
-            "protocol": "leave-one-out, full ranking, seen filtered, split fit",
+        values: dict[str, Any] = {
+            "protocol": f"{split.protocol}, full ranking, seen filtered, split fit",
             "run": identity(config, dataset),
             "epochs": model.epochs,
             "validation_ndcg@10": model.best,
-            "bundle": served.get(name, {}),
-            "torch": evaluate_torch(model.encoder, config, split.test) if len(split.test) else {},
+            "bundle": {},
+            "torch": {},
         }
-        Run.of(runs, name, "split").write("metrics.json", metrics)
-        found[name] = replace(bare[name], metrics=metrics)
+        run = Run.of(runs, name, "split")
+        if name in served:
+            cutoffs = config.evaluation.cutoffs
+            values["bundle"] = served_metrics(split.test, served[name], split.rule, split.popularity, cutoffs)
+            values["torch"] = evaluate_torch(model.encoder, config, split.test)
+            ranks = CaseRanks.of(split.test, list_ranks(served[name].free, split.test.target), values["protocol"])
+            ranks.save(run.folder / "ranks.npz")
+            write_report(run.folder, config, split, ranks.rank, values, against.metrics)
+        run.write("metrics.json", values)
+        run.write("baselines.json", against.metrics)
+        found[name] = replace(bare[name], metrics=values)
     return found
-
-
-def baseline(dataset: Dataset, split: Split) -> dict[str, dict[str, float]]:
-    """What popularity before each target reaches on the test cases; empty without cases."""
-    return baselines(split.test, split.popularity, timed=dataset.has_times) if len(split.test) else {}
 
 
 def restore(runs: Path, name: str, which: Fit) -> tuple[RunConfig, Fitted]:
@@ -254,25 +293,25 @@ def run(
 ) -> Path:
     """Everything, from data to a live bundle; its path."""
     one_data(configs)
-    split = leave_one_out(dataset)
+    split = split_of(dataset, configs[0].evaluation)
     if not len(split.test):
-        say("no user has three events: nothing can be held out, the models are published without metrics")
+        say("no user has enough events: nothing can be held out, the models are published without metrics")
     fitted = {}
     for config in configs:
         say(f"{config.name}: training on the split, at most {config.training.epochs} epochs")
         fitted[config.name] = (config, train(config, dataset, "split", runs, resume=resume))
     say("measuring through a bundle: ONNX, retrieval, final gate")
-    candidates = evaluate(fitted, dataset, split, runs)
-    popular = baseline(dataset, split)
-    say(metrics_table(candidates, popular))
+    against = rivals(split, configs[0].evaluation)
+    candidates = evaluate(fitted, dataset, split, runs, against)
+    tell(candidates, against, runs, say)
     if not force:
-        say(check_gate(bundles, dataset, candidates, popular))
+        say(check_gate(bundles, dataset, candidates, against.metrics))
     popularity = split.popularity
     if configs[0].publish.refit:
         candidates, popularity = _refit(fitted, dataset, runs, candidates, say, resume=resume)
     for name, candidate in candidates.items():
         Run.of(runs, name, candidate.fit).save_export(candidate.exported)
-    return publish(bundles, dataset, popularity, candidates, popular, split.test, force=force)
+    return publish(bundles, dataset, popularity, candidates, against.metrics, split.test, force=force)
 
 
 def _refit(
@@ -298,7 +337,6 @@ def publish_runs(
     runs: Path, names: Sequence[str], dataset: Dataset, bundles: Path, which: Fit, *, force: bool = False
 ) -> Path:
     """Publish from run folders: exports of `which` fit with the metrics of the split fit."""
-    split = leave_one_out(dataset)
     candidates = {}
     for name in names:
         run = Run.of(runs, name, which)
@@ -313,20 +351,42 @@ def publish_runs(
         exported, file = run.exported(), run.index_file
         index = load_index(str(file), exported.spec.width, run.config().index.ef) if file.is_file() else None
         candidates[name] = Candidate(run.config(), exported, which, epochs, metrics, index)
-    popular = baseline(dataset, split)
+    _one_protocol(candidates)
+    split = split_of(dataset, candidates[names[0]].config.evaluation)
     popularity = everything(dataset)[1] if which == "all" else split.popularity
-    return publish(bundles, dataset, popularity, candidates, popular, split.test, force=force)
+    baseline = Run.of(runs, names[0], "split").read("baselines.json", f"evaluate {names[0]}")
+    return publish(bundles, dataset, popularity, candidates, baseline, split.test, force=force)
+
+
+def _one_protocol(candidates: Mapping[str, Candidate]) -> None:
+    protocols = {str(c.metrics["protocol"]): name for name, c in candidates.items()}
+    if len(protocols) > 1:
+        said = "; ".join(f"{name}: {protocol}" for protocol, name in protocols.items())
+        raise TrainingError(f"these models were measured differently, evaluate them together: {said}")
+
+
+def tell(candidates: Mapping[str, Candidate], against: Rivals, runs: Path, say: Say) -> None:
+    """The test metrics and where more of them are."""
+    for candidate in list(candidates.values())[:1]:
+        say(str(candidate.metrics["protocol"]))
+    say(metrics_table(candidates, against.metrics))
+    for note in against.notes:
+        say(f"note: {note}")
+    reports = [Run.of(runs, name, "split").folder / "report.html" for name in candidates]
+    for report in filter(Path.is_file, reports):
+        say(f"report: {report}")
 
 
 COLUMNS = ("hr@5", "ndcg@5", "hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr")
 
 
-def metrics_table(measured: Mapping[str, Candidate], popular: Mapping[str, Mapping[str, float]]) -> str:
-    """The test metrics as text; `mrr` of a bundle counts its top 20, torch's and popularity's all ranks."""
+def metrics_table(measured: Mapping[str, Candidate], popular: Mapping[str, Mapping[str, Any]]) -> str:
+    """The test metrics as text; `mrr` of a bundle counts its top 20, torch's and the baselines' all ranks."""
     rows = [(f"{name} (bundle)", found.metrics["bundle"]) for name, found in measured.items()]
     rows += [(f"{name} (torch)", found.metrics["torch"]) for name, found in measured.items()]
     rows += list(popular.items())
+    columns = [c for c in COLUMNS if any(c in row for _, row in rows)] or list(COLUMNS)
     wide = max((len(name) for name, _ in rows), default=0)
-    lines = [" " * wide + "".join(f"{c:>9}" for c in COLUMNS)]
-    lines += [f"{name:<{wide}}" + "".join(f"{row.get(c, float('nan')):9.4f}" for c in COLUMNS) for name, row in rows]
+    lines = [" " * wide + "".join(f"{c:>9}" for c in columns)]
+    lines += [f"{name:<{wide}}" + "".join(f"{row.get(c, float('nan')):9.4f}" for c in columns) for name, row in rows]
     return "\n".join(lines)

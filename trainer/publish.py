@@ -32,7 +32,7 @@ from shared.popularity import Popularity
 from shared.retrieval import Retriever, build_index
 from trainer.config import IndexConfig, RunConfig
 from trainer.dataset import Cases, Dataset, Split
-from trainer.evaluate import encode_cases, evaluate_served, index_recall
+from trainer.evaluate import TOP, Served, encode_cases, index_recall, served_lists
 from trainer.export import Exported
 
 GATE_METRIC: Final = "ndcg@10"
@@ -133,13 +133,15 @@ def self_recall(exported: Exported, index: hnswlib.Index) -> float | None:
     return index_recall(exported.vectors[:RECALL_QUERIES], Retriever(exported.vectors, index), 10)
 
 
-def measure(dataset: Dataset, split: Split, candidates: Mapping[str, Candidate], scratch: Path) -> dict[str, Any]:
-    """Write the split's models as a bundle aside, load it, and measure through it. Model name -> metrics."""
+def measure(
+    dataset: Dataset, split: Split, candidates: Mapping[str, Candidate], scratch: Path, top: int = TOP
+) -> dict[str, Served]:
+    """Write the split's models as a bundle aside, load it, and ask it. Model name -> lists for the test cases."""
     with staged(scratch) as folder:
         write_bundle(folder, dataset, split.popularity, candidates, {}, split.test)
         bundle = Bundle.load(folder)
         return {
-            name: evaluate_served(split.test, model.encoder, model.retriever, split.rule)
+            name: served_lists(split.test, model.encoder, model.retriever, split.rule, top)
             for name, model in bundle.models.items()
         }
 
@@ -149,10 +151,12 @@ def check_gate(
 ) -> str:
     """What the models were compared with. Raises PublishRefusedError where that is better.
 
-    The live bundle counts only where it was measured on the very same data: figures of other data say nothing.
+    Of the baselines only popularity counts. The live bundle counts only where it was measured on the very same data
+    by the same protocol: figures of other data, or of other held-out events, say nothing.
     """
-    best_popular = max((b[GATE_METRIC] for b in baseline.values() if b), default=0.0)
-    live = _live_metrics(bundles, dataset)
+    popular = [b for name, b in baseline.items() if name.startswith("popular") and b]
+    best_popular = max((b[GATE_METRIC] for b in popular), default=0.0)
+    live = _live_metrics(bundles, dataset, candidates)
     for name, candidate in candidates.items():
         score = candidate.metrics.get("bundle", {}).get(GATE_METRIC)
         if score is None:
@@ -168,14 +172,15 @@ def check_gate(
                 f"{name} reaches {GATE_METRIC} {score:.4f}, the live bundle {live[name]:.4f} on the same data; more "
                 f"than publish.max_loss={candidate.config.publish.max_loss} worse. Publish anyway with --force"
             )
-    compared = sorted(live.keys() & candidates.keys())
     return "gate passed: not below popularity; " + (
-        f"not below the live {', '.join(compared)}" if compared else "no live model was measured on this data"
+        f"not below the live {', '.join(sorted(live))}"
+        if live
+        else "no live model was measured on this data with this split"
     )
 
 
-def _live_metrics(bundles: Path, dataset: Dataset) -> dict[str, float]:
-    """The gate's metric of each live model, when the live bundle was measured on the very same data."""
+def _live_metrics(bundles: Path, dataset: Dataset, candidates: Mapping[str, Candidate]) -> dict[str, float]:
+    """The gate's metric of each live model that was measured like its candidate: same data, same protocol."""
     try:
         version = current_version(bundles)
         manifest = None if version is None else read_manifest(bundles / version)
@@ -183,7 +188,12 @@ def _live_metrics(bundles: Path, dataset: Dataset) -> dict[str, float]:
         return {}  # an unreadable live bundle is no reason to keep a good one out
     if manifest is None or manifest.data.fingerprint != dataset.info().fingerprint:
         return {}
-    found = {name: info.metrics.get("bundle", {}).get(GATE_METRIC) for name, info in manifest.models.items()}
+    alike = {
+        name: info.metrics
+        for name, info in manifest.models.items()
+        if name in candidates and info.metrics.get("protocol") == candidates[name].metrics.get("protocol")
+    }
+    found = {name: measured.get("bundle", {}).get(GATE_METRIC) for name, measured in alike.items()}
     return {name: score for name, score in found.items() if score is not None}
 
 

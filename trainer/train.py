@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from shared.events import IntArray
 from shared.sequences import mask_index, pack, pack_slices
 from trainer.config import RunConfig
+from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
-from trainer.evaluate import full_ranks, metrics, vector_scores
-from trainer.objectives import cross_entropy, mask_items, shift
+from trainer.evaluate import full_ranks, vector_scores
+from trainer.metrics import metrics
+from trainer.objectives import loss_of, mask_items, shift
 from trainer.transformer import Encoder
 
 MONITOR: Final = "val_ndcg@10"
@@ -65,12 +67,22 @@ class Batches(IterableDataset[Tensor]):
         guessed = (self.lengths - 1).sum() if causal else self.lengths.sum() * self.config.training.mask_probability
         return float(guessed) / len(self)
 
+    def share(self, item_count: int) -> Tensor:
+        """Share of each item in the training events, (N,)."""
+        counts = np.bincount(self.sequences.item, minlength=item_count + 1)[1:]
+        return torch.from_numpy(counts / counts.sum()).float()
+
 
 class SequenceModel(pl.LightningModule):
     """An encoder with its objective, and its validation by full ranking."""
 
-    def __init__(self, config: RunConfig, item_count: int, tokens_per_batch: float, validation: Cases | None) -> None:
+    share: Tensor  # (N,) of each item in the training events
+
+    def __init__(
+        self, config: RunConfig, item_count: int, tokens_per_batch: float, share: Tensor, validation: Cases | None
+    ) -> None:
         super().__init__()
+        self.register_buffer("share", share, persistent=False)
         self.config, self.validation, self.tokens_per_batch = config, validation, tokens_per_batch
         self.encoder = Encoder(config.model, item_count)
         self.masks = torch.Generator()
@@ -94,7 +106,8 @@ class SequenceModel(pl.LightningModule):
         of short users would otherwise weigh as much as one of long users.
         """
         inputs, targets = self._pose(rows)
-        loss = cross_entropy(self.encoder(inputs), targets, self.encoder.vectors) / self.tokens_per_batch
+        total = loss_of(self.encoder(inputs), targets, self.encoder.vectors, self.config.training, self.share)
+        loss = total / self.tokens_per_batch
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} in epoch {self.current_epoch}: try a smaller training.lr "
@@ -140,12 +153,18 @@ def encode_torch(encoder: Encoder, config: RunConfig, histories: list[IntArray])
     return asked, torch.cat(parts) if parts else torch.zeros(0, config.model.hidden_units)
 
 
-def evaluate_torch(encoder: Encoder, config: RunConfig, cases: Cases) -> dict[str, float]:
-    """Metrics of the network itself, full ranks."""
+def torch_ranks(encoder: Encoder, config: RunConfig, cases: Cases) -> tuple[IntArray, Cases]:
+    """Full ranks by the network itself, and the cases they belong to: those that have a history."""
     asked, queries = encode_torch(encoder, config, cases.histories())
     part = Cases(cases.dataset, cases.user[asked], cases.row[asked])
     vectors = encoder.vectors.detach().cpu().numpy()
-    return metrics(full_ranks(part, vector_scores(queries.numpy(), vectors)))
+    return full_ranks(part, vector_scores(queries.numpy(), vectors)), part
+
+
+def evaluate_torch(encoder: Encoder, config: RunConfig, cases: Cases) -> dict[str, float]:
+    """Metrics of the network itself, full ranks."""
+    ranks, part = torch_ranks(encoder, config, cases)
+    return metrics(ranks, config.evaluation.cutoffs, part.user)
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,7 @@ def fit(
     pl.seed_everything(config.training.seed, workers=True, verbose=False)
     torch.set_num_threads(config.training.threads)
     data = Batches(sequences, config)
-    model = SequenceModel(config, item_count, data.tokens_per_batch(), validation)
+    model = SequenceModel(config, item_count, data.tokens_per_batch(), data.share(item_count), validation)
     # Lightning's own `save_last` writes only when the best epoch changes; the newest state is to be kept each epoch.
     newest = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     best = _best_checkpoint(config, folder)
@@ -189,6 +208,7 @@ def fit(
         callbacks=[
             _EpochBatches(data),
             TQDMProgressBar(refresh_rate=10),
+            EpochLog(folder / "epochs.csv"),
             *([] if validation is None else [_stopping(config), best]),
             newest,  # last, so that it holds what the others know of this epoch
         ],
