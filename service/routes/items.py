@@ -1,48 +1,119 @@
-"""`GET | PUT | DELETE /items/{item_id}`: the bundle's items with the live catalogue on top."""
+"""`/items`: the bundle's items with the live catalogue on top, and items like an item."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from service import errors
-from service.answers import ItemAnswer
+from service.answers import ItemAnswer, ItemsAnswer, SimilarAnswer
+from service.bundles import Live
 from service.catalogue import CatalogueUnavailable
-from service.routes.dependencies import NO_PARAMETERS, ItemPath, Services, ServicesOf, answer
-from service.schemas import ItemBody
+from service.routes.dependencies import NO_PARAMETERS, ItemPath, ServicesOf, TraceOf, answer, described, query_of
+from service.routes.recommend import listed
+from service.schemas import ItemBody, PageParameters, SimilarParameters
+from service.similar import similar
 from shared.catalogue import Item, ItemChange
-from shared.times import now, render_bound
+from shared.times import now, render, render_bound
 
-router = APIRouter(tags=["catalogue"], dependencies=NO_PARAMETERS)
+PageQuery = Annotated[PageParameters, Depends(query_of(PageParameters))]
+SimilarQuery = Annotated[SimilarParameters, Depends(query_of(SimilarParameters))]
+router = APIRouter(tags=["catalogue"])
+
+
+@router.get(
+    "/items",
+    response_model=ItemsAnswer,
+    summary="All items, page by page",
+    openapi_extra=described(PageParameters),
+    responses=errors.responses(errors.Invalid, errors.CatalogueDown, errors.Overloaded),
+)
+async def list_items(parameters: PageQuery, services: ServicesOf) -> Response:
+    """The bundle's items and those of the live catalogue, in the order of their ids (by code point).
+
+    Items that are withdrawn or do not exist now are listed too, and say so. Changes show here within a second. An item
+    that is there from the first page to the last comes exactly once, whatever is added meanwhile.
+    """
+    live = services.live
+    if not live.catalogue_read:
+        raise errors.CatalogueDown()
+    ids = live.page(parameters.cursor or "", parameters.limit + 1)
+    page, more = ids[: parameters.limit], ids[parameters.limit :]
+    rows = [shown(item_id, live.change_of(item_id), live) for item_id in page]
+    return answer({"items": rows, "next_cursor": page[-1] if more else None})
+
+
+@router.get(
+    "/items/{item_id}/similar",
+    response_model=SimilarAnswer,
+    summary="Items like an item",
+    tags=["recommendations"],
+    openapi_extra=described(SimilarParameters),
+    responses=errors.responses(
+        errors.UnknownItem,
+        errors.UnknownModel,
+        errors.Invalid,
+        errors.NoBundle,
+        errors.CatalogueDown,
+        errors.Overloaded,
+    ),
+)
+async def similar_items(item_id: ItemPath, parameters: SimilarQuery, services: ServicesOf, trace: TraceOf) -> Response:
+    """Items whose vectors in the model point most nearly where this item's vector does, by cosine; never itself.
+
+    For an item that was added since the bundle was made there is no vector yet: it gets items that share categories
+    with it, the more the better, then by popularity; none when it shares none.
+    """
+    serving = services.live.now_serving()
+    model = serving.model(parameters.model, services.recommender.default_model)
+    trace.model_version = serving.bundle.version
+    found = similar(serving, model, item_id, parameters.n, parameters.as_of, trace)
+    return answer(
+        {
+            "item_id": found.item_id,
+            "model": {"name": found.model, "version": found.version},
+            "as_of": render(found.as_of),
+            "strategy": found.strategy,
+            "requested": found.requested,
+            "returned": len(found.items),
+            "items": listed(found.items),
+        }
+    )
 
 
 @router.get(
     "/items/{item_id}",
     response_model=ItemAnswer,
     summary="An item as it is now",
-    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown),
+    dependencies=NO_PARAMETERS,
+    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown, errors.Overloaded),
 )
 async def show_item(item_id: ItemPath, services: ServicesOf) -> Response:
     """What the bundle says, with every change made since on top."""
     with reaching():
         change = await services.catalogue.get(item_id)
-    return shown(item_id, change, services)
+    return answer(shown(item_id, change, services.live))
 
 
 @router.put(
     "/items/{item_id}",
     response_model=ItemAnswer,
     summary="Change or add an item",
-    responses=errors.responses(errors.Malformed, errors.TooLarge, errors.Invalid, errors.CatalogueDown),
+    dependencies=NO_PARAMETERS,
+    responses=errors.responses(
+        errors.Malformed, errors.TooLarge, errors.Invalid, errors.CatalogueDown, errors.Overloaded
+    ),
 )
 async def put_item(item_id: ItemPath, body: ItemBody, services: ServicesOf) -> Response:
     """Set what holds for an item from now on. This worker obeys at once, every other within a second.
 
     Fields that are absent or null leave what the bundle says. An item that the bundle does not know is stored and
-    known to events from here on; it is recommended after the next training, since no model has a vector for it yet.
+    known from here on. Until the next training no model has a vector for it: it comes behind all others among popular
+    items and among `candidates` that a caller names, and gets similar items by categories.
     """
     with reaching():
         change = await services.catalogue.put(
@@ -54,14 +125,15 @@ async def put_item(item_id: ItemPath, body: ItemBody, services: ServicesOf) -> R
             withdrawn=body.withdrawn,
         )
     services.live.apply([change])
-    return shown(item_id, change, services)
+    return answer(shown(item_id, change, services.live))
 
 
 @router.delete(
     "/items/{item_id}",
     response_model=ItemAnswer,
     summary="Withdraw an item",
-    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown),
+    dependencies=NO_PARAMETERS,
+    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown, errors.Overloaded),
 )
 async def withdraw_item(item_id: ItemPath, services: ServicesOf) -> Response:
     """The item is not returned any more, for no `as_of`, until a PUT without `withdrawn`. Twice is as good as once."""
@@ -70,7 +142,7 @@ async def withdraw_item(item_id: ItemPath, services: ServicesOf) -> Response:
             raise _unknown(item_id)
         change = await services.catalogue.withdraw(item_id)
     services.live.apply([change])
-    return shown(item_id, change, services)
+    return answer(shown(item_id, change, services.live))
 
 
 @contextmanager
@@ -82,40 +154,26 @@ def reaching() -> Iterator[None]:
         raise errors.CatalogueDown() from error
 
 
-def shown(item_id: str, change: ItemChange | None, services: Services) -> Response:
+def shown(item_id: str, change: ItemChange | None, live: Live) -> dict[str, Any]:
     """The item with `change` on top of what the bundle has. Raises UnknownItem when neither knows it."""
-    serving = services.live.serving
+    serving = live.serving
     index = serving.bundle.catalogue.index_by_id.get(item_id) if serving else None
     if index is None and change is None:
         raise _unknown(item_id)
     item = serving.bundle.catalogue[index] if serving and index else Item(item_id)
-    item = item if change is None else merged(item, change)
+    item = item if change is None else change.on(item)
     exists = item.available_from <= now() < item.available_until and not item.withdrawn
-    return answer(
-        {
-            "item_id": item_id,
-            "title": item.title,
-            "categories": list(item.categories),
-            "available_from": render_bound(item.available_from),
-            "available_until": render_bound(item.available_until),
-            "withdrawn": item.withdrawn,
-            "available": exists,
-            "in_bundle": index is not None,
-            "revision": None if change is None else change.revision,
-        }
-    )
-
-
-def merged(item: Item, change: ItemChange) -> Item:
-    """`item` with the fields that `change` sets."""
-    return Item(
-        item_id=item.item_id,
-        title=item.title if change.title is None else change.title,
-        categories=item.categories if change.categories is None else change.categories,
-        available_from=item.available_from if change.available_from is None else change.available_from,
-        available_until=item.available_until if change.available_until is None else change.available_until,
-        withdrawn=change.withdrawn,
-    )
+    return {
+        "item_id": item_id,
+        "title": item.title,
+        "categories": list(item.categories),
+        "available_from": render_bound(item.available_from),
+        "available_until": render_bound(item.available_until),
+        "withdrawn": item.withdrawn,
+        "available": exists,
+        "in_bundle": index is not None,
+        "revision": None if change is None else change.revision,
+    }
 
 
 def _unknown(item_id: str) -> errors.UnknownItem:
