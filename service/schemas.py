@@ -224,6 +224,12 @@ def _ids_or_entries(history: Any) -> str:
     return "entries" if isinstance(history, list) and history and not isinstance(history[0], str) else "ids"
 
 
+def _one_list(schema: dict[str, Any]) -> None:
+    """Describe "a list of ids or a list of entries" as one list: makers of clients do not tell two lists apart."""
+    branches = schema.pop("anyOf", None) or schema.pop("oneOf")
+    schema |= {"type": "array", "maxItems": MAX_HISTORY, "items": {"anyOf": [branch["items"] for branch in branches]}}
+
+
 class RecommendBody(_Wishes):
     """The body of `POST /recommend`."""
 
@@ -248,6 +254,7 @@ class RecommendBody(_Wishes):
         Discriminator(_ids_or_entries),
     ] = Field(
         description="Item ids, oldest first; or ids with timestamps on all, sorted here (stable on ties).",
+        json_schema_extra=_one_list,
     )
     candidates: list[Id] | None = Field(
         None,
