@@ -138,8 +138,11 @@ class _Wishes(Strict):
 
     def where(self) -> Where | None:
         """The filters; None without any."""
-        where = Where(tuple(self.filter), tuple(self.filter_out), self.available_after, self.available_before)
-        return None if where == _ANYTHING else where
+        if not (
+            self.filter or self.filter_out or self.available_after is not None or self.available_before is not None
+        ):
+            return None
+        return Where(tuple(self.filter), tuple(self.filter_out), self.available_after, self.available_before)
 
     def wishes(self) -> dict[str, Any]:
         """The fields of a Question that all forms of it share."""
@@ -153,7 +156,6 @@ class _Wishes(Strict):
         }
 
 
-_ANYTHING: Final = Where()
 _REQUIRE_SEEN: Final = "Rather a 503 than an answer that could not leave out seen items, when histories are down."
 
 

@@ -38,7 +38,7 @@ GATHER_SHARE: Final = 0.1
 """Up to this share of the prefix, gathering the vectors that a filter leaves costs less than multiplying all."""
 MAX_FETCH: Final = 2_000
 OVER_FETCH: Final = 1.5
-_SORTED: Final = 4  # times `count`: up to here sorting all costs less than finding the best first
+_SORTED: Final = 1_000  # items: up to here sorting all costs less than finding the best first
 
 
 class Mode(StrEnum):
@@ -142,7 +142,7 @@ class Retriever:
         scores = self.vectors[items - 1] @ query  # (K, D) @ (D,) -> (K,)
         if scales is not None:
             scores *= scales[items - 1]
-        if len(items) > _SORTED * count:
+        if len(items) > max(_SORTED, count):
             kept = np.sort(top(scores, count))
             items, scores = items[kept], scores[kept]
         best = np.argsort(-scores, kind="stable")[:count]
