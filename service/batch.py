@@ -54,6 +54,7 @@ async def recommend_all(
         cases = [place(q, r, serving) for q, r in zip(questions[here], readings[here], strict=True)]
         for case, found in zip(cases, await search(recommender, cases, model, serving, trace), strict=True):
             yield settle(case, found, model, serving)
+            await asyncio.sleep(0)  # single requests go first
 
 
 async def read_all(recommender: Recommender, questions: Sequence[Question], policy: HistoryPolicy) -> list[Reading]:
