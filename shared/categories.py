@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -69,7 +70,7 @@ class Categories:
             return self.live[index]
         return self.catalogue[index].categories if index <= len(self.catalogue) else ()
 
-    @property
+    @cached_property
     def fields(self) -> list[str]:
         """The fields that can be asked for, sorted."""
         return sorted({field_of(category) for category in self.members if ":" in category})
