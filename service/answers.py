@@ -29,10 +29,12 @@ class RecommendedItem(BaseModel):
     item_id: ItemId
     title: str | None
     score: float | None = Field(
-        description="Not comparable across models or bundles. Null for popular items: no model scored them."
+        description="Not comparable across models or bundles. Null for popular and new items: no model scored them."
     )
     available_from: str | None
-    reason: Literal["sequence", "popular"]
+    reason: Literal["sequence", "similar", "popular", "new"] = Field(
+        description="`new`: added since the bundle was made, so neither scored nor counted yet."
+    )
 
 
 class RecommendationAnswer(BaseModel):
@@ -75,6 +77,70 @@ class RecommendationAnswer(BaseModel):
                     }
                 ],
             }
+        }
+    )
+
+
+class BatchAnswer(BaseModel):
+    """One recommendation for each user."""
+
+    results: list[RecommendationAnswer] = Field(description="In the order of the users.")
+
+
+class SimilarAnswer(BaseModel):
+    """Items like an item, best first."""
+
+    item_id: ItemId
+    model: ModelName
+    as_of: str
+    strategy: Literal["similar", "popular"] = Field(
+        description="`similar`: by the model's vectors; `popular`: it has no vector, so items that share categories "
+        "with it, by the number shared and then by popularity."
+    )
+    requested: int
+    returned: int
+    items: list[RecommendedItem] = Field(description="Scores are cosines, from -1 to 1.")
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "item_id": "50",
+                "model": {"name": "sasrec", "version": "2026-11-21T10-00-00Z-3f9c"},
+                "as_of": "2026-11-21T10:00:00Z",
+                "strategy": "similar",
+                "requested": 1,
+                "returned": 1,
+                "items": [
+                    {
+                        "rank": 1,
+                        "item_id": "318",
+                        "title": "Schindler's List",
+                        "score": 0.83,
+                        "available_from": "1993-01-01T00:00:00Z",
+                        "reason": "similar",
+                    }
+                ],
+            }
+        }
+    )
+
+
+class OlderItem(BaseModel):
+    """One item in the older form."""
+
+    id: int | str = Field(description="A number where the item id is a whole number.")
+    title: str | None
+    score: float | None
+
+
+class OlderAnswer(BaseModel):
+    """Recommendations in the older form, best first."""
+
+    recommendations: list[OlderItem]
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"recommendations": [{"id": 1, "title": "Toy Story (1995)", "score": 0.98}]},
         }
     )
 
@@ -128,8 +194,17 @@ class ItemAnswer(BaseModel):
     available_until: str | None = Field(description="Null: for ever.")
     withdrawn: bool
     available: bool = Field(description="Whether it exists now.")
-    in_bundle: bool = Field(description="Whether a model has a vector for it. Only such items are recommended.")
+    in_bundle: bool = Field(
+        description="Whether a model has a vector for it. Others come last among popular items and named candidates."
+    )
     revision: int | None = Field(description="Of the live catalogue at the item's last change; null: never changed.")
+
+
+class ItemsAnswer(BaseModel):
+    """A page of the catalogue, in the order of item ids."""
+
+    items: list[ItemAnswer]
+    next_cursor: ItemId | None = Field(description="For the next page; null on the last one.")
 
 
 # --- operations ---------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 Two things change while a worker runs: `CURRENT` names another bundle, and items change. Both end in one reference
 being replaced, so a request that took hold of a `Serving` keeps one numbering to its end:
 
-    Live.serving ──► Serving(bundle, availability)      a new bundle: a new Serving
-                                     └── replaced        a changed item: a new Availability in the same Serving
+    Live.serving ──► Serving(bundle, availability, categories, new)   a new bundle: a new Serving
+                                     └── replaced ───────────────┘   a changed item: new ones in the same Serving
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
+from heapq import nsmallest
 from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Final
+from weakref import WeakSet
 
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,11 +30,12 @@ from service.errors import CatalogueDown, NoBundle, UnknownModel
 from service.settings import Settings
 from service.telemetry import Metrics
 from shared.bundle import CURRENT, Bundle, BundleError, Model, current_version
-from shared.catalogue import Availability, ItemChange
+from shared.catalogue import Availability, Item, ItemChange, NewItems
+from shared.categories import Categories
 from shared.database import SchemaError, check_schema
-from shared.events import HistoryPolicy, ItemId, ItemIndex
+from shared.events import HistoryPolicy, IntArray, ItemId, ItemIndex, KeyArray
 from shared.retrieval import Mode, Scope
-from shared.times import now, render_bound
+from shared.times import now, parse, render_bound
 
 log = logging.getLogger(__name__)
 
@@ -49,20 +53,44 @@ class Serving:
 
     def __init__(self, bundle: Bundle, changes: Iterable[ItemChange]) -> None:
         self.bundle = bundle
+        self.known = len(bundle.catalogue)  # item indices up to here have vectors
+        self.new = NewItems(self.known)
         self.availability = Availability.of(bundle.catalogue)
+        self.categories = Categories.of(bundle.catalogue)
         self._titles: dict[ItemId, str] = {}
         self.apply(changes)
 
     def apply(self, changes: Iterable[ItemChange]) -> None:
         """Put item changes in force, for every request from here on."""
         changes = [change for change in changes if self.obeys(change)]
-        if not changes:
-            return
+        self.new = self.new.with_ids(c.item_id for c in changes if c.item_id not in self.bundle.catalogue.index_by_id)
         for change in changes:
             self._titles.pop(change.item_id, None)
             if change.title is not None:
                 self._titles[change.item_id] = change.title
-        self.availability = self.availability.changed(self.bundle.catalogue, changes)
+        if changes:
+            changed = [(index, c.on(self._as_published(index))) for c in changes if (index := self.index(c.item_id))]
+            self.availability = self.availability.holding(changed)
+            self.categories = self.categories.holding(changed)
+        # Filters repeat, and each one is asked twice a request: by retrieval and by the final gate.
+        self.wanted = lru_cache(maxsize=16)(
+            partial(self.categories.select, available_from=self.availability.available_from)
+        )
+        self.newcomers = self._newcomers()
+
+    def index(self, item_id: ItemId) -> ItemIndex | None:
+        """The item's index, new items included; None for one that nobody told of."""
+        return self.bundle.catalogue.index_by_id.get(item_id) or self.new.index_by_id.get(item_id)
+
+    def indices_of(self, item_ids: Iterable[ItemId]) -> IntArray:
+        """Item indices of the ids that are known, in the order given; others are left out."""
+        return np.array([index for i in item_ids if (index := self.index(i))], np.int64)
+
+    def indices_of_keys(self, keys: KeyArray) -> IntArray:
+        """Item indices of the keys that are known; new items behind."""
+        found = self.bundle.catalogue.indices_of_keys(keys)
+        found = found[found > 0]
+        return np.concatenate((found, self.new.indices_of_keys(keys))) if self.new else found
 
     def obeys(self, change: ItemChange) -> bool:
         """Whether a change counts beside this bundle: a loaded row gives way to what the bundle knows of the item."""
@@ -70,9 +98,24 @@ class Serving:
 
     def describe(self, index: ItemIndex) -> tuple[ItemId, str | None, str | None]:
         """Item id, title and `available_from` (RFC 3339, None when open) of an item index."""
-        item = self.bundle.catalogue[index]
+        item = self._as_published(index)
         title = self._titles.get(item.item_id, item.title)
         return item.item_id, title, _rendered(int(self.availability.available_from[index]))
+
+    def _as_published(self, index: ItemIndex) -> Item:
+        """What the bundle says of an item; of a new one, only that it was not there when the bundle was made."""
+        if index <= self.known:
+            return self.bundle.catalogue[index]
+        return Item(self.new[index], available_from=parse(self.bundle.manifest.created))
+
+    def _newcomers(self) -> IntArray:
+        """Indices of the new items in the order (available_from, item id), in which the next bundle will number them.
+
+        Not in that of their indices: each worker numbers them as it hears of them.
+        """
+        starts = self.availability.available_from
+        order = sorted(self.new.index_by_id.items(), key=lambda new: (int(starts[new[1]]), new[0]))
+        return np.array([index for _, index in order], np.int64)
 
     def model(self, name: str | None, preferred: str | None) -> Model:
         """The model asked for; without a name the preferred one if the bundle has it, else the bundle's default."""
@@ -98,6 +141,7 @@ class Live:
         self.revision = 0  # all changes up to here are in force
         self.catalogue_read = False  # at least once
         self._changes: dict[ItemId, ItemChange] = {}  # newest change of each item, for the next bundle
+        self._former: WeakSet[Serving] = WeakSet()  # bundles that requests under way still answer from
         self._attempted: str | None = None  # what CURRENT held when it was last acted on
         self._retry_at = inf  # when a version that could not be loaded is tried again (monotonic seconds)
         self._retry_after = FIRST_RETRY
@@ -145,8 +189,21 @@ class Live:
         """Put changes in force here; those that are in force already, or older, are passed over."""
         fresh = [c for c in changes if (held := self._changes.get(c.item_id)) is None or held.revision < c.revision]
         self._changes.update((c.item_id, c) for c in fresh)
-        if self.serving:
-            self.serving.apply(fresh)
+        if fresh:
+            for serving in (self.serving, *self._former):
+                if serving is not None:
+                    serving.apply(fresh)
+
+    def change_of(self, item_id: ItemId) -> ItemChange | None:
+        """The item's change that is in force here."""
+        return self._changes.get(item_id)
+
+    def page(self, after: ItemId, count: int) -> list[ItemId]:
+        """The first `count` ids of the bundle and the live catalogue behind `after`, sorted."""
+        published = self.serving.bundle.catalogue.ids_in_order if self.serving else []
+        first = bisect_right(published, after)
+        here = published[first : first + count]
+        return sorted({*here, *nsmallest(count, (i for i in self._changes if i > after))})[:count]
 
     async def follow_catalogue(self) -> None:
         """Fetch and apply what changed since the last time."""
@@ -192,6 +249,8 @@ class Live:
             return
         # Changes that came while it was loading; the awaits are over, so none can slip in between.
         serving.apply(c for i, c in self._changes.items() if held.get(i) is not c)
+        if self.serving is not None:
+            self._former.add(self.serving)
         self.serving, self.bundle_failure = serving, None
         self.metrics.bundle_loaded.set(time.time())
         log.info("bundle is live", extra={"fields": {"version": version}})
@@ -226,6 +285,7 @@ def _warm(serving: Serving) -> None:
         if not np.isfinite(query).all():
             raise BundleError(f"{bundle.path}: {model.name} answers with numbers that are not finite")
         model.retriever.retrieve(query, 10, scope)
+        model.retriever.similar(1, 10, scope)
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], seconds: float) -> None:

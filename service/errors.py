@@ -105,6 +105,13 @@ class Unavailable(ServiceError):
     example = "A part that the answer needs is down."
 
 
+class Overloaded(Unavailable):
+    """This worker has as many requests in flight as it may have."""
+
+    code, title, retry_after = "overloaded", "Overloaded", 1
+    example = "The service has too many requests in flight; try again in a moment."
+
+
 class NoBundle(Unavailable):
     """Nothing was published yet, or nothing that could be loaded."""
 

@@ -19,6 +19,7 @@ from service.bundles import Live
 from service.catalogue import LiveCatalogue
 from service.history import HistoryStore, create_redis
 from service.ingest import EventLog
+from service.overload import InFlight
 from service.recommend import Recommender
 from service.routes import events, items, operations, recommend
 from service.routes.dependencies import Services
@@ -32,7 +33,9 @@ What next, for a user, from the order of what they did.
 
 1. Tell what users do with `POST /events`.
 2. Ask `GET /recommend/{user_id}`: items that exist, that the user has not seen, best first.
-3. Keep items up to date with `PUT /items/{item_id}`; a withdrawn item is gone from all answers at once.
+3. Narrow it down with `filter=genre:Comedy`, ask for many users at once with `POST /recommend/batch`, or for items
+   like an item with `GET /items/{item_id}/similar`.
+4. Keep items up to date with `PUT /items/{item_id}`; a withdrawn item is gone from all answers at once.
 
 - **Ids** are your own strings of `A-Z a-z 0-9 _ . : @ + = ~ | -`, up to 256 characters.
 - **Times** are RFC 3339 with an offset, `2026-11-21T10:00:00Z`; a time without one is an error.
@@ -70,11 +73,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         openapi_tags=TAGS,
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
     for module in (recommend, events, items, operations):
         app.include_router(module.router)
     errors.install(app)
-    app.add_middleware(Telemetry, metrics=metrics)
+    app.add_middleware(InFlight, limit=settings.max_in_flight, metrics=metrics)
+    app.add_middleware(Telemetry, metrics=metrics)  # outermost: it tells of refused requests too
     _describe_problems(app)
     return app
 
@@ -96,6 +101,7 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         catalogue = LiveCatalogue(engine)
         live = await stack.enter_async_context(Live(settings, catalogue, metrics))
         recommender = Recommender(live, histories, candidates=settings.candidates, default_model=settings.default_model)
+        stack.callback(recommender.bulk.shutdown)
         yield Services(live, recommender, histories, log, catalogue, metrics)
 
 

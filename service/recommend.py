@@ -7,12 +7,15 @@
     rank      by exact score, ties by item index; the first n
     respond   item indices become item ids with what a reader wants to know
 
-A user about whom nothing is known gets what was popular at `as_of`, through the same gate. Nothing here knows HTTP.
+A user about whom nothing is known gets what was popular at `as_of`, through the same gate. An item that was added since
+the bundle has no vector and no counts: it comes behind all others among popular items and among `candidates` that the
+caller names, and is not retrieved. Nothing here knows HTTP. `batch.py` and `similar.py` are made of the same parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -24,6 +27,7 @@ from service.errors import Fault, HistoryDown, Invalid
 from service.history import HistoryStore, HistoryUnavailable, UserHistory
 from service.telemetry import Trace, uuid7
 from shared.bundle import Model
+from shared.categories import Where, field_of
 from shared.encoder import Vectors
 from shared.events import HistoryPolicy, IntArray, ItemId, first_of_repeats, item_keys
 from shared.retrieval import Retrieval, Scope
@@ -32,10 +36,9 @@ from shared.times import UNDATED, now
 AsOf: TypeAlias = int | Literal["last_event"] | None
 Strategy = Literal["sequence", "popular", "degraded"]
 Source = Literal["cache", "log", "request", "none"]
+Reason = Literal["sequence", "similar", "popular", "new"]
 
 _NOBODY = UserHistory(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.uint64), None, "log")
-_IN_QUERY: Final[Fault] = {"parameter": "as_of"}
-_IN_BODY: Final[Fault] = {"pointer": "/as_of"}
 _BLOCK: Final = 1024  # items
 
 
@@ -59,7 +62,13 @@ class Question:
     exclude_seen: bool = True
     require_seen: bool = False
     exclude: Sequence[ItemId] = ()
+    where: Where | None = None  # the caller's filters
     candidates: Sequence[ItemId] | None = None  # rank these alone
+    in_body: bool = False  # where faults are: in the query otherwise
+
+    def fault(self, name: str, detail: str, *position: int) -> Fault:
+        """A fault of the field `name`, at a position in it where it is a list in a body."""
+        return {**at(self.in_body, name, *position), "detail": detail}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +78,8 @@ class Recommended:
     item_id: ItemId
     title: str | None
     available_from: str | None
-    score: np.float32 | None  # None for popular items: counts are no model scores
-    reason: Literal["sequence", "popular"]
+    score: np.float32 | None  # None for popular and new items: counts are no model scores
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,48 +108,80 @@ class Reading:
     readable: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A question and its reading, in the numbering of one bundle."""
+
+    question: Question
+    reading: Reading
+    sequence: IntArray  # (L,) item indices that a model knows, oldest first
+    banned: IntArray  # item indices that must not be returned
+
+    def scope(self, serving: Serving) -> Scope:
+        """What may be returned, by availability and categories as they are at this moment."""
+        where = self.question.where
+        wanted = None if where is None else serving.wanted(where)
+        return Scope(serving.availability, self.reading.as_of, self.banned, wanted)
+
+
 class Recommender:
     """Answers questions from the live bundle and the histories."""
 
     def __init__(self, live: Live, histories: HistoryStore, *, candidates: int, default_model: str | None) -> None:
         self.live, self.histories = live, histories
         self.candidates, self.default_model = candidates, default_model
+        # One thread: bulk work may take a second core, never all of them. It starts with the first batch.
+        self.bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")
 
     async def recommend(self, question: Question, trace: Trace) -> Recommendation:
-        """The answer. Raises ServiceError: no bundle, unknown model, and what `read` says."""
-        serving = self.live.now_serving()  # one bundle, hence one numbering, for the whole request
+        """The answer. Raises ServiceError: no bundle, unknown model or filter, and what `read` says."""
+        serving, model = self.prepare(question, trace)  # one bundle, hence one numbering, for the whole request
+        with trace.stage("read"):
+            reading = await self.read(question, serving, model)
+        case = place(question, reading, serving)
+        if not len(case.sequence):
+            return respond(case, serving, model, popular(case, serving))
+        with trace.stage("encode"):
+            (query,) = encode(model, [case.sequence])
+        with trace.stage("retrieve"):
+            found = retrieve(case, model, query, case.scope(serving), self.count(question), serving)
+        with trace.stage("exclude"):
+            permitted = exclude(found.items, case.scope(serving))
+        with trace.stage("rank"):
+            best = rank(model, query, permitted, question.n, found.path, serving)
+        trace.path = best.path
+        return respond(case, serving, model, best)
+
+    def prepare(self, question: Question, trace: Trace) -> tuple[Serving, Model]:
+        """What answers the question. Raises ServiceError: no bundle, unknown model or filter."""
+        serving = self.live.now_serving()
         model = serving.model(question.model, self.default_model)
         trace.model_version = serving.bundle.version
-        with trace.stage("read"):
-            reading = await self.read(question, serving.bundle.policy)
-        sequence, banned = places(question, reading, serving)
-        if len(sequence) < model.info.encoder.max_length and self.is_cut(reading):
-            # The cached window is full of items this bundle does not know; those it knows lie further back.
-            with trace.stage("read"):
-                reading = await self.read_whole(question, reading, serving.bundle.policy)
-            sequence, banned = places(question, reading, serving)
-        scope = Scope(serving.availability, reading.as_of, banned)
-        if not len(sequence):
-            return respond(question, reading, serving, model, popular(question, scope, serving))
-        with trace.stage("encode"):
-            query = encode(model, sequence)
-        with trace.stage("retrieve"):
-            found = retrieve(question, model, query, scope, max(self.candidates, question.n), serving)
-        with trace.stage("exclude"):
-            permitted = exclude(found.items, Scope(serving.availability, reading.as_of, banned))
-        with trace.stage("rank"):
-            best = model.retriever.rank(query, permitted, question.n, found.path)
-        trace.path = best.path
-        return respond(question, reading, serving, model, best)
+        if question.where is not None:
+            refuse_unknown_fields(question, serving)
+        return serving, model
 
-    async def read(self, question: Question, policy: HistoryPolicy) -> Reading:
-        """The history that counts, and as of when.
+    def count(self, question: Question) -> int:
+        """How many candidates are retrieved."""
+        return max(self.candidates, question.n)
+
+    async def read(self, question: Question, serving: Serving, model: Model) -> Reading:
+        """The history that counts, and as of when; all of it where its newest part holds too few known items."""
+        reading = await self.read_newest(question, serving.bundle.policy)
+        if self.is_cut(reading):
+            known = np.count_nonzero(serving.bundle.catalogue.indices_of_keys(reading.history.items))
+            if known < model.info.encoder.max_length:
+                return await self.read_whole(question, reading, serving.bundle.policy)
+        return reading
+
+    async def read_newest(self, question: Question, policy: HistoryPolicy) -> Reading:
+        """The history as the cache holds it, which may be its newest part.
 
         `last_event` is the time of the newest event: without any it is a 422, and never a silent "now". A history
         that cannot be read is an empty one, unless the question cannot be answered without (503).
         """
         if question.brought is not None:
-            return bring(question.brought, question.as_of, policy)
+            return bring(question, question.brought, policy)
         assert question.user_id is not None  # noqa: S101
         asked = question.as_of
         try:
@@ -150,8 +191,8 @@ class Recommender:
         except HistoryUnavailable as error:
             if question.require_seen or asked == "last_event":
                 raise HistoryDown() from error
-            return Reading(_NOBODY, "none", moment(asked, None, _IN_QUERY), readable=False)
-        return Reading(history, history.source, moment(asked, history.newest, _IN_QUERY))
+            return Reading(_NOBODY, "none", moment(question, None), readable=False)
+        return Reading(history, history.source, moment(question, history.newest))
 
     def is_cut(self, reading: Reading) -> bool:
         """Whether the history read is only the newest part of a longer one."""
@@ -167,26 +208,46 @@ class Recommender:
         return reading
 
 
-def moment(asked: AsOf, newest: int | None, place: Fault) -> int:
-    """The time that items are judged at; `place` is where the request has its `as_of`."""
+def at(in_body: bool, name: str, *position: int) -> Fault:
+    """Where the request has its field `name`."""
+    return {"pointer": "/" + "/".join([name, *map(str, position)])} if in_body else {"parameter": name}
+
+
+def moment(question: Question, newest: int | None) -> int:
+    """The time that items are judged at, given the time of the newest event."""
+    asked = question.as_of
     if asked != "last_event":
         return now() if asked is None else asked
     if newest is None or newest < UNDATED:
         fault = "There is no event with a time that last_event could mean"
-        raise Invalid(f"as_of: {fault}", [place | {"detail": fault}])
+        raise Invalid(f"as_of: {fault}", [question.fault("as_of", fault)])
     return newest
 
 
-def bring(brought: Brought, asked: AsOf, policy: HistoryPolicy) -> Reading:
+def refuse_unknown_fields(question: Question, serving: Serving) -> None:
+    """Raise Invalid for filters over fields that no item has: most likely a mistake, and the answer would hide it."""
+    assert question.where is not None  # noqa: S101
+    fields = serving.categories.fields
+    faults = [
+        question.fault(name, f"There is no field {field_of(c)!r}; there are: {', '.join(fields) or 'none'}", position)
+        for name, categories in (("filter", question.where.any_of), ("filter_out", question.where.none_of))
+        for position, c in enumerate(categories)
+        if field_of(c) not in fields
+    ]
+    if faults:
+        raise Invalid(faults[0]["detail"], faults)
+
+
+def bring(question: Question, brought: Brought, policy: HistoryPolicy) -> Reading:
     """A history from the request, read as one from the log would be: in time order, cut at `as_of`, all of it seen."""
     keys = item_keys(brought.item_ids)  # (L,)
     if brought.timestamps is None:
-        as_of, times = moment(asked, None, _IN_BODY), np.zeros(len(keys), np.int64)
+        as_of, times = moment(question, None), np.zeros(len(keys), np.int64)
     else:
         times = np.array(brought.timestamps, np.int64)  # (L,)
-        as_of = moment(asked, int(times.max()) if len(times) else None, _IN_BODY)
+        as_of = moment(question, int(times.max()) if len(times) else None)
         order = np.argsort(times, kind="stable")
-        order = order if asked is None else order[times[order] <= as_of]
+        order = order if question.as_of is None else order[times[order] <= as_of]
         keys, times = keys[order], times[order]
     seen = np.unique(keys)
     if policy.collapse_repeats:
@@ -195,34 +256,31 @@ def bring(brought: Brought, asked: AsOf, policy: HistoryPolicy) -> Reading:
     return Reading(UserHistory(keys, times, seen, None, "log"), "request", as_of)
 
 
-def places(question: Question, reading: Reading, serving: Serving) -> tuple[IntArray, IntArray]:
-    """Item indices of the sequence, oldest first, and of what must not be returned; unknown items are left out."""
-    catalogue = serving.bundle.catalogue
-    sequence = catalogue.indices_of_keys(reading.history.items)
-    banned = catalogue.indices_of(question.exclude)
+def place(question: Question, reading: Reading, serving: Serving) -> Case:
+    """Item ids become item indices here; unknown items are left out."""
+    sequence = serving.bundle.catalogue.indices_of_keys(reading.history.items)
+    banned = serving.indices_of(question.exclude)
     if question.exclude_seen:
-        seen = catalogue.indices_of_keys(reading.history.seen)
-        banned = np.concatenate((seen[seen > 0], banned))
-    return sequence[sequence > 0], banned
+        banned = np.concatenate((serving.indices_of_keys(reading.history.seen), banned))
+    return Case(question, reading, sequence[sequence > 0], banned)
 
 
-def encode(model: Model, sequence: IntArray) -> Vectors:
-    """The query vector (D,).
+def encode(model: Model, sequences: Sequence[IntArray]) -> Vectors:
+    """The query vectors (B, D) of B sequences, none of them empty.
 
-    On the event loop: one history takes 0.1 to 0.6 ms, a hand-over to a thread and back costs about as much and the
-    GIL with it. This is the place where waiting requests would be coalesced into one call.
+    For one request this runs on the event loop: one history takes 0.1 to 0.6 ms, a hand-over to a thread and back costs
+    about as much and the GIL with it. This is the place where waiting requests would be coalesced into one call.
     """
-    queries = model.encoder.encode([sequence])  # (1, D)
-    return queries.reshape(-1)
+    return model.encoder.encode(sequences)
 
 
-def retrieve(question: Question, model: Model, query: Vectors, scope: Scope, count: int, serving: Serving) -> Retrieval:
+def retrieve(case: Case, model: Model, query: Vectors, scope: Scope, count: int, serving: Serving) -> Retrieval:
     """Candidates for `query` that `scope` permits: the best of all items, or all of those the caller names."""
-    if question.candidates is None:
+    if case.question.candidates is None:
         return model.retriever.retrieve(query, count, scope)
-    named = np.unique(serving.bundle.catalogue.indices_of(question.candidates))
+    named = np.unique(serving.indices_of(case.question.candidates))
     named = named[scope.permits(named)]
-    return model.retriever.rank(query, named, len(named), "candidates")
+    return Retrieval(named, np.zeros(len(named), np.float32), "candidates")  # all of them are ranked later
 
 
 def exclude(items: IntArray, scope: Scope) -> IntArray:
@@ -230,13 +288,41 @@ def exclude(items: IntArray, scope: Scope) -> IntArray:
     return items[scope.permits(items)]
 
 
-def popular(question: Question, scope: Scope, serving: Serving) -> Retrieval:
-    """The first n popular items that `scope` permits. Scores are nan: there is no model in it."""
-    order = serving.bundle.popularity.fallback(scope.as_of)
-    if question.candidates is not None:
-        order = order[np.isin(order, serving.bundle.catalogue.indices_of(question.candidates))]
-    found = np.concatenate([np.zeros(0, np.int64), *_permitted(order, scope, question.n)])[: question.n]
-    return Retrieval(found, np.full(len(found), np.nan, np.float32), "popular")
+def rank(model: Model, query: Vectors, items: IntArray, n: int, path: str, serving: Serving) -> Retrieval:
+    """The first n by exact score; behind them new items, which have no vector (score nan)."""
+    best = model.retriever.rank(query, items[items <= serving.known], n, path)
+    if len(best.items) == min(n, len(items)):
+        return best
+    new = serving.newcomers[np.isin(serving.newcomers, items)][: n - len(best.items)]
+    return Retrieval(np.concatenate((best.items, new)), np.concatenate((best.scores, unscored(new))), path)
+
+
+def unscored(items: IntArray) -> Vectors:
+    """nan for each item: there is no model in it."""
+    return np.full(len(items), np.nan, np.float32)
+
+
+def popular(case: Case, serving: Serving) -> Retrieval:
+    """The first n popular items that the scope permits, new items last."""
+    scope = case.scope(serving)
+    order = by_popularity(serving, scope.as_of)
+    if case.question.candidates is not None:
+        order = order[np.isin(order, serving.indices_of(case.question.candidates))]
+    return first(order, scope, case.question.n)
+
+
+def by_popularity(serving: Serving, as_of: int) -> IntArray:
+    """All item indices, most popular first; behind them new items, which nobody has counted yet."""
+    order = serving.bundle.popularity.fallback(as_of)
+    return np.concatenate((order, serving.newcomers)) if serving.new else order
+
+
+def first(order: IntArray, scope: Scope, n: int) -> Retrieval:
+    """The first n items of `order` that `scope` permits, without scores."""
+    if scope.wanted is not None:
+        order = order[scope.wanted[order]]
+    found = np.concatenate([np.zeros(0, np.int64), *_permitted(order, scope, n)])[:n]
+    return Retrieval(found, unscored(found), "popular")
 
 
 def _permitted(order: IntArray, scope: Scope, n: int) -> Iterator[IntArray]:
@@ -249,8 +335,9 @@ def _permitted(order: IntArray, scope: Scope, n: int) -> Iterator[IntArray]:
         yield block
 
 
-def respond(question: Question, reading: Reading, serving: Serving, model: Model, best: Retrieval) -> Recommendation:
+def respond(case: Case, serving: Serving, model: Model, best: Retrieval) -> Recommendation:
     """Item indices leave no further than here."""
+    question, reading = case.question, case.reading
     is_popular = best.path == "popular"
     return Recommendation(
         recommendation_id=uuid7(),
@@ -262,12 +349,15 @@ def respond(question: Question, reading: Reading, serving: Serving, model: Model
         history_source=reading.source,
         seen_excluded=question.exclude_seen and reading.readable,
         requested=question.n,
-        items=[
-            Recommended(
-                *serving.describe(int(index)),
-                score=None if is_popular else score,
-                reason="popular" if is_popular else "sequence",
-            )
-            for index, score in zip(best.items, best.scores, strict=True)
-        ],
+        items=list(described(best, "popular" if is_popular else "sequence", serving)),
     )
+
+
+def described(best: Retrieval, reason: Reason, serving: Serving) -> Iterable[Recommended]:
+    """The items as a reader wants to know them."""
+    scored = best.path != "popular"
+    for index, score in zip(best.items.tolist(), best.scores, strict=True):
+        is_new = index > serving.known
+        yield Recommended(
+            *serving.describe(index), score=score if scored and not is_new else None, reason="new" if is_new else reason
+        )

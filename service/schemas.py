@@ -21,6 +21,7 @@ from pydantic import (
 
 from service.recommend import Brought, Question
 from shared import times
+from shared.categories import Where
 from shared.events import ID_PATTERN
 
 MAX_N: Final = 100
@@ -28,6 +29,8 @@ MAX_EXCLUDE: Final = 100
 MAX_CANDIDATES: Final = 1_000
 MAX_HISTORY: Final = 1_000
 MAX_EVENTS: Final = 500
+MAX_USERS: Final = 256
+MAX_FILTERS: Final = 100
 _FIRST, _LAST = (times.of_datetime(bound.replace(tzinfo=UTC)) for bound in (datetime.min, datetime.max))
 
 
@@ -113,26 +116,103 @@ class _Wishes(Strict):
     as_of: AsOfField | None = Field(None, description=_AS_OF)
     exclude_seen: bool = Field(True, description="Leave out everything in the user's history, however long ago.")
     exclude: list[Id] = Field(default=[], max_length=MAX_EXCLUDE, description="Item ids to leave out; repeatable.")
+    filter: list[Category] = Field(
+        default=[],
+        max_length=MAX_FILTERS,
+        description="Only items of these categories, each `field:value`; repeatable. Values of one field are "
+        "alternatives, and each field named must be met. A field that no item has is an error.",
+        examples=[["genre:Comedy", "genre:Drama"]],
+    )
+    filter_out: list[Category] = Field(
+        default=[],
+        max_length=MAX_FILTERS,
+        description="No items of any of these categories; repeatable.",
+        examples=[["genre:Horror"]],
+    )
+    available_after: Time | None = Field(
+        None, description="Only items whose `available_from` is this time or later. Null counts as before all times."
+    )
+    available_before: Time | None = Field(
+        None, description="Only items whose `available_from` is this time or earlier."
+    )
+
+    def where(self) -> Where | None:
+        """The filters; None without any."""
+        if not (
+            self.filter or self.filter_out or self.available_after is not None or self.available_before is not None
+        ):
+            return None
+        return Where(tuple(self.filter), tuple(self.filter_out), self.available_after, self.available_before)
+
+    def wishes(self) -> dict[str, Any]:
+        """The fields of a Question that all forms of it share."""
+        return {
+            "model": self.model,
+            "n": self.n,
+            "as_of": self.as_of,
+            "exclude_seen": self.exclude_seen,
+            "exclude": self.exclude,
+            "where": self.where(),
+        }
+
+
+_REQUIRE_SEEN: Final = "Rather a 503 than an answer that could not leave out seen items, when histories are down."
 
 
 class RecommendParameters(_Wishes):
     """The query of `GET /recommend/{user_id}`."""
 
-    require_seen: bool = Field(
-        False, description="Rather a 503 than an answer that could not leave out seen items, when histories are down."
-    )
+    require_seen: bool = Field(False, description=_REQUIRE_SEEN)
 
     def question(self, user_id: str) -> Question:
         """As the domain has it."""
-        return Question(
-            user_id=user_id,
-            model=self.model,
-            n=self.n,
-            as_of=self.as_of,
-            exclude_seen=self.exclude_seen,
-            require_seen=self.require_seen,
-            exclude=self.exclude,
-        )
+        return Question(user_id=user_id, require_seen=self.require_seen, **self.wishes())
+
+
+class BatchBody(_Wishes):
+    """The body of `POST /recommend/batch`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"users": ["42", "43"], "n": 5},
+                {"users": ["42"], "model": "sasrec", "filter": ["genre:Comedy"], "exclude": ["318"]},
+            ]
+        }
+    )
+
+    users: list[Id] = Field(min_length=1, max_length=MAX_USERS, description="User ids.")
+    require_seen: bool = Field(False, description=_REQUIRE_SEEN)
+
+    def question(self) -> Question:
+        """As the domain has it, for no user yet."""
+        return Question(require_seen=self.require_seen, in_body=True, **self.wishes())
+
+
+class OlderBody(Strict):
+    """The body of `POST /api/recommend/`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user_id": 1, "model": "sasrec"}, {"user_id": "u-1", "n": 5}]}
+    )
+
+    user_id: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | Id = Field(
+        description='A number counts as its digits: 1 and "1" are one user.'
+    )
+    model: str | None = Field(None, max_length=64, description="A model of the live bundle. Absent: the default one.")
+    n: int = Field(10, ge=1, le=MAX_N, description="How many items.")
+
+    def question(self) -> Question:
+        """As the domain has it."""
+        return Question(user_id=str(self.user_id), model=self.model, n=self.n, in_body=True)
+
+
+class SimilarParameters(Strict):
+    """The query of `GET /items/{item_id}/similar`."""
+
+    model: str | None = Field(None, max_length=64, description="A model of the live bundle. Absent: the default one.")
+    n: int = Field(10, ge=1, le=MAX_N, description="How many items. Fewer come back only when fewer are permitted.")
+    as_of: Time | None = Field(None, description="Only items that exist at this time. Absent: now.")
 
 
 class HistoryEntry(Strict):
@@ -146,6 +226,12 @@ def _ids_or_entries(history: Any) -> str:
     return "entries" if isinstance(history, list) and history and not isinstance(history[0], str) else "ids"
 
 
+def _one_list(schema: dict[str, Any]) -> None:
+    """Describe "a list of ids or a list of entries" as one list: makers of clients do not tell two lists apart."""
+    branches = schema.pop("anyOf", None) or schema.pop("oneOf")
+    schema |= {"type": "array", "maxItems": MAX_HISTORY, "items": {"anyOf": [branch["items"] for branch in branches]}}
+
+
 class RecommendBody(_Wishes):
     """The body of `POST /recommend`."""
 
@@ -155,6 +241,11 @@ class RecommendBody(_Wishes):
                 {"history": ["1", "318", "260"], "n": 5},
                 {"history": [{"item_id": "1", "timestamp": "2026-11-21T10:00:00Z"}], "as_of": "last_event"},
                 {"history": ["1"], "candidates": ["318", "260", "50"], "model": "sasrec"},
+                {
+                    "history": ["1"],
+                    "filter": ["genre:Comedy", "genre:Drama"],
+                    "available_after": "1990-01-01T00:00:00Z",
+                },
             ]
         }
     )
@@ -165,12 +256,13 @@ class RecommendBody(_Wishes):
         Discriminator(_ids_or_entries),
     ] = Field(
         description="Item ids, oldest first; or ids with timestamps on all, sorted here (stable on ties).",
+        json_schema_extra=_one_list,
     )
     candidates: list[Id] | None = Field(
         None,
         max_length=MAX_CANDIDATES,
-        description="Rank these items alone. Those that the bundle does not know, that do not exist at `as_of`, or "
-        "that are excluded or seen do not come back.",
+        description="Rank these items alone. Unknown ones, and those that do not exist at `as_of`, are excluded, seen "
+        "or filtered, do not come back. Items added since the bundle, which no model can score, come last.",
     )
 
     @field_validator("history", mode="before")
@@ -184,15 +276,7 @@ class RecommendBody(_Wishes):
         """As the domain has it."""
         ids = [e if isinstance(e, str) else e.item_id for e in self.history]
         stamps = [e.timestamp for e in self.history if isinstance(e, HistoryEntry)]
-        return Question(
-            brought=Brought(ids, stamps or None),
-            model=self.model,
-            n=self.n,
-            as_of=self.as_of,
-            exclude_seen=self.exclude_seen,
-            exclude=self.exclude,
-            candidates=self.candidates,
-        )
+        return Question(brought=Brought(ids, stamps or None), candidates=self.candidates, in_body=True, **self.wishes())
 
 
 # --- events -------------------------------------------------------------------------------------------
@@ -248,6 +332,13 @@ class HistoryParameters(Strict):
 
 
 # --- items --------------------------------------------------------------------------------------------
+
+
+class PageParameters(Strict):
+    """The query of `GET /items`."""
+
+    cursor: Id | None = Field(None, description="`next_cursor` of the page before. Absent: the first page.")
+    limit: int = Field(100, ge=1, le=1000, description="Items on a page.")
 
 
 class ItemBody(Strict):

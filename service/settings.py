@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     candidates: int = Field(
         200, ge=1, le=2000, description="Items retrieved for a request before the final gate and ranking; at least `n`."
     )
+    max_in_flight: int = Field(
+        256, ge=1, le=100_000, description="Requests a worker has in flight at most; above, it answers 503 at once."
+    )
     bundle_poll_seconds: float = Field(
         2.0, gt=0, le=3600, description="How often a worker looks whether a new bundle was published."
     )

@@ -8,7 +8,7 @@ intervals, withdrawn items, and every change made since the bundle was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,17 +33,6 @@ class Item:
     available_until: int = END  # epoch microseconds, exclusive
     withdrawn: bool = False
 
-    def changed(self, change: ItemChange) -> Item:
-        """The item with the fields that `change` sets."""
-        return Item(
-            item_id=self.item_id,
-            title=self.title if change.title is None else change.title,
-            categories=self.categories if change.categories is None else change.categories,
-            available_from=self.available_from if change.available_from is None else change.available_from,
-            available_until=self.available_until if change.available_until is None else change.available_until,
-            withdrawn=change.withdrawn,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class ItemChange:
@@ -57,6 +46,17 @@ class ItemChange:
     withdrawn: bool
     revision: int
     loaded: bool = False  # from a file: what a bundle that knows the item says is newer and derived from more
+
+    def on(self, item: Item) -> Item:
+        """`item` with the fields that this change sets."""
+        return Item(
+            item_id=item.item_id,
+            title=item.title if self.title is None else self.title,
+            categories=item.categories if self.categories is None else self.categories,
+            available_from=item.available_from if self.available_from is None else self.available_from,
+            available_until=item.available_until if self.available_until is None else self.available_until,
+            withdrawn=self.withdrawn,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,18 +123,55 @@ class Catalogue:
         at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
         return np.where(known[at] == keys, indices[at], 0)
 
+    @cached_property
+    def ids_in_order(self) -> list[ItemId]:
+        """The item ids, sorted: for pages of a listing."""
+        return sorted(self.index_by_id)
+
+
+@dataclass(frozen=True)
+class NewItems:
+    """Items added since the bundle was written, numbered N + 2, N + 3, ... as they came. No model has their vectors.
+
+    N + 1 is left out: it is MASK. Numbers are never given anew, so they hold as long as the bundle is live.
+    """
+
+    known: int  # N
+    ids: tuple[ItemId, ...] = ()
+    keys: KeyArray = field(default_factory=lambda: item_keys([]))  # (M,)
+    index_by_id: Mapping[ItemId, ItemIndex] = field(default_factory=dict)
+
+    def with_ids(self, item_ids: Iterable[ItemId]) -> NewItems:
+        """A new object that also numbers those of `item_ids` that have no number yet."""
+        fresh = [i for i in dict.fromkeys(item_ids) if i not in self.index_by_id]
+        first = self.known + 2 + len(self.ids)
+        numbers = {item_id: number for number, item_id in enumerate(fresh, start=first)}
+        keys = np.concatenate((self.keys, item_keys(fresh)))
+        return NewItems(self.known, (*self.ids, *fresh), keys, {**self.index_by_id, **numbers})
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: ItemIndex) -> ItemId:
+        return self.ids[index - self.known - 2]
+
+    def indices_of_keys(self, keys: KeyArray) -> IntArray:
+        """Item indices of those `keys` that are new items' keys, in no order."""
+        return np.flatnonzero(np.isin(self.keys, keys)) + self.known + 2
+
 
 @dataclass(frozen=True)
 class Availability:
     """Which items exist at a time: the bundle's intervals with the live changes on top. Immutable.
 
-    Arrays are indexed by item index, 0..N; row 0 (PAD) never exists.
+    Arrays are indexed by item index, 0..N; row 0 (PAD) never exists. With new items there are rows up to
+    N + 1 + M, of which N + 1 (MASK) never exists.
     """
 
     numbering: IntArray  # (N,) available_from that the numbering was made with
-    available_from: IntArray  # (N + 1,)
-    available_until: IntArray  # (N + 1,)
-    withdrawn: BoolArray  # (N + 1,)
+    available_from: IntArray  # (rows,)
+    available_until: IntArray  # (rows,)
+    withdrawn: BoolArray  # (rows,)
     irregular: IntArray  # items for which "inside the prefix" is not the whole answer
 
     @classmethod
@@ -162,17 +199,24 @@ class Availability:
 
     @classmethod
     def _with(cls, numbering: IntArray, starts: IntArray, until: IntArray, withdrawn: BoolArray) -> Availability:
-        regular = (starts[1:] == numbering) & (until[1:] == END) & ~withdrawn[1:]
+        inside = slice(1, len(numbering) + 1)
+        regular = (starts[inside] == numbering) & (until[inside] == END) & ~withdrawn[inside]
         return cls(numbering, starts, until, withdrawn, np.flatnonzero(~regular) + 1)
 
     def changed(self, catalogue: Catalogue, changes: Iterable[ItemChange]) -> Availability:
         """A new object with `changes` applied on the bundle's own values; ids it does not know are passed over."""
-        starts, until, withdrawn = self.available_from.copy(), self.available_until.copy(), self.withdrawn.copy()
-        for change in changes:
-            index = catalogue.index_by_id.get(change.item_id)
-            if index is None:
-                continue
-            item = catalogue[index].changed(change)
+        found = ((catalogue.index_by_id.get(change.item_id), change) for change in changes)
+        return self.holding((index, change.on(catalogue[index])) for index, change in found if index is not None)
+
+    def holding(self, items: Iterable[tuple[ItemIndex, Item]]) -> Availability:
+        """A new object with these values for these item indices, which may lie beyond the bundle's: new items."""
+        found = list(items)
+        missing = max([0, *(index + 1 - len(self.withdrawn) for index, _ in found)])
+        never = np.full(missing, END, np.int64)
+        starts = np.concatenate((self.available_from, never))
+        until = np.concatenate((self.available_until, never))
+        withdrawn = np.concatenate((self.withdrawn, np.ones(missing, bool)))
+        for index, item in found:
             starts[index], until[index], withdrawn[index] = item.available_from, item.available_until, item.withdrawn
         return self._with(self.numbering, starts, until, withdrawn)
 

@@ -1,8 +1,9 @@
 """From a query vector to the best items that exist and are not banned.
 
-A score is `vectors[r] · query` for item index r + 1, whatever path found the item. Two ways lead there:
+A score is `vectors[r] · query` for item index r + 1, whatever path found the item. Three ways lead there:
 
     exact  one matrix-vector product over the prefix of items that exist, the exceptions masked
+    gather the same over the items that a filter leaves, when those are few
     hnsw   approximate search over all items, over-fetched, what may not be returned masked;
            when too few are left, exact
 
@@ -15,6 +16,7 @@ import logging
 import struct
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Final
@@ -24,7 +26,7 @@ import numpy as np
 
 from shared.catalogue import Availability
 from shared.encoder import Vectors
-from shared.events import BoolArray, IntArray
+from shared.events import BoolArray, IntArray, ItemIndex
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,11 @@ EXACT_ITEMS: Final = 30_000
 """Prefixes up to this size are searched exactly: 0.15 ms at width 64, less than HNSW with its over-fetch."""
 EXACT_SHARE: Final = 0.1
 """Below this share of allowed items HNSW would have to fetch too many to leave enough."""
+GATHER_SHARE: Final = 0.1
+"""Up to this share of the prefix, gathering the vectors that a filter leaves costs less than multiplying all."""
 MAX_FETCH: Final = 2_000
 OVER_FETCH: Final = 1.5
+_SORTED: Final = 1_000  # items: up to here sorting all costs less than finding the best first
 
 
 class Mode(StrEnum):
@@ -55,15 +60,38 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What may be returned: items that exist at `as_of` by `availability`, but none in `banned`."""
+    """What may be returned: items that exist at `as_of` by `availability` and are `wanted`, but none in `banned`."""
 
     availability: Availability
     as_of: int  # epoch microseconds
     banned: IntArray  # item indices in any order: seen and excluded ones
+    wanted: BoolArray | None = None  # (rows,) by item index: what the caller's filters leave; None without filters
 
     def permits(self, items: IntArray) -> BoolArray:
         """The final gate, which every path to an answer ends in; (E,) for item indices (E,)."""
-        return self.availability.allowed(items, self.as_of) & ~np.isin(items, self.banned)
+        permitted = self.availability.allowed(items, self.as_of) & ~np.isin(items, self.banned)
+        return permitted if self.wanted is None else permitted & self.wanted[items]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """How far a scope reaches into the numbering: a prefix, and where the prefix errs."""
+
+    n: int  # items 1..n were numbered as existing
+    blocked: IntArray  # of those, the ones that do not exist
+    extra: IntArray  # items with vectors beyond n that do
+    allowed: int  # how many exist and are wanted; banned ones count
+
+    @classmethod
+    def of(cls, scope: Scope) -> Span:
+        """The span of `scope`."""
+        n = scope.availability.prefix(scope.as_of)
+        blocked, extra = scope.availability.exceptions(scope.as_of)
+        if scope.wanted is None:
+            return cls(n, blocked, extra, n - len(blocked) + len(extra))
+        inside, missing, beyond = scope.wanted[1 : n + 1], scope.wanted[blocked], scope.wanted[extra]
+        counts = [int(np.count_nonzero(part)) for part in (inside, missing, beyond)]
+        return cls(n, blocked, extra, counts[0] - counts[1] + counts[2])
 
 
 class Retriever:
@@ -78,25 +106,45 @@ class Retriever:
 
         Fewer than `count` come back only when fewer are permitted.
         """
-        n = scope.availability.prefix(scope.as_of)
-        blocked, extra = scope.availability.exceptions(scope.as_of)
-        allowed = n - len(blocked) + len(extra)
-        path = "exact"
-        if self.index is not None and self._worth_hnsw(allowed):
-            share = max(allowed, 1) / len(self.vectors)
+        span = Span.of(scope)
+        short = None
+        if self.index is not None and self._worth_hnsw(span.allowed):
+            share = max(span.allowed, 1) / len(self.vectors)
             found = self._hnsw(self.index, query, ceil((count + len(scope.banned)) / share * OVER_FETCH))
             found = found[scope.permits(found)]
             if len(found) >= count:
                 return self.rank(query, found, count, "hnsw")
-            path = "hnsw_exact"
-        found = self._exact(query, count, n, np.concatenate((scope.banned, blocked)))
-        found = np.concatenate((found, extra))
-        return self.rank(query, found[scope.permits(found)], count, path)
+            short = "hnsw_exact"
+        found, path = self._exact(query, count, scope, span)
+        return self.rank(query, found, count, short or path)
 
-    def rank(self, query: Vectors, items: IntArray, count: int, path: str = "gather") -> Retrieval:
-        """Score `items` exactly and order them, ties by index; the best `count`."""
+    def similar(self, item: ItemIndex, count: int, scope: Scope) -> Retrieval:
+        """The `count` items that `scope` permits whose vectors point most nearly where that of `item` does.
+
+        Scores are cosines: by inner product, the items with the longest vectors (as a rule popular ones) would be
+        similar to everything. Always exact, since the index knows inner products alone.
+        """
+        query = self.vectors[item - 1] * self.scales[item - 1]  # (D,)
+        found, path = self._exact(query, count, scope, Span.of(scope), self.scales)
+        return self.rank(query, found, count, path, self.scales)
+
+    @cached_property
+    def scales(self) -> Vectors:
+        """(N,) one over the length of each vector; 0 for a vector of zeros."""
+        lengths = np.sqrt(np.einsum("nd,nd->n", self.vectors, self.vectors))
+        return np.asarray(np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0), np.float32)
+
+    def rank(
+        self, query: Vectors, items: IntArray, count: int, path: str = "gather", scales: Vectors | None = None
+    ) -> Retrieval:
+        """Score `items` exactly and order them, ties by index; the best `count`. `scales` (N,) multiply the scores."""
         items = np.sort(items)
         scores = self.vectors[items - 1] @ query  # (K, D) @ (D,) -> (K,)
+        if scales is not None:
+            scores *= scales[items - 1]
+        if len(items) > max(_SORTED, count):
+            kept = np.sort(top(scores, count))
+            items, scores = items[kept], scores[kept]
         best = np.argsort(-scores, kind="stable")[:count]
         return Retrieval(items[best], scores[best], path)
 
@@ -105,10 +153,26 @@ class Retriever:
             return self.mode is Mode.HNSW
         return allowed > EXACT_ITEMS and allowed > EXACT_SHARE * len(self.vectors)
 
-    def _exact(self, query: Vectors, count: int, n: int, banned: IntArray) -> IntArray:
-        """The `count` best among item indices 1..n without `banned`."""
-        scores = self.vectors[:n] @ query  # (n,)
-        scores[banned[banned <= n] - 1] = -np.inf
+    def _exact(
+        self, query: Vectors, count: int, scope: Scope, span: Span, scales: Vectors | None = None
+    ) -> tuple[IntArray, str]:
+        """Items that `scope` permits with the `count` best among them, and the path that found them."""
+        if scope.wanted is not None and span.allowed <= GATHER_SHARE * span.n:
+            found, path = np.flatnonzero(scope.wanted[: span.n + 1]), "gather"
+        else:
+            found, path = self._product(query, count, scope, span, scales), "exact"
+        found = np.concatenate((found, span.extra))
+        return found[scope.permits(found)], path
+
+    def _product(self, query: Vectors, count: int, scope: Scope, span: Span, scales: Vectors | None) -> IntArray:
+        """The `count` best of the prefix, what may not be returned masked."""
+        scores = self.vectors[: span.n] @ query  # (n, D) @ (D,) -> (n,)
+        if scales is not None:
+            scores *= scales[: span.n]
+        banned = np.concatenate((scope.banned, span.blocked))
+        scores[banned[banned <= span.n] - 1] = -np.inf
+        if scope.wanted is not None:
+            scores[~scope.wanted[1 : span.n + 1]] = -np.inf
         return top(scores, count) + 1
 
     def _hnsw(self, index: hnswlib.Index, query: Vectors, fetch: int) -> IntArray:

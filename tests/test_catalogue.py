@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared import catalogue as module
-from shared.catalogue import Availability, Catalogue, CatalogueError, Item, ItemChange
+from shared.catalogue import Availability, Catalogue, CatalogueError, Item, ItemChange, NewItems
 from shared.events import item_keys
 from shared.times import BEGINNING, END
 
@@ -130,3 +130,22 @@ def test_taking_a_withdrawal_back_restores_the_item() -> None:
     catalogue = Catalogue.number([Item("a", withdrawn=True, available_from=4)])
     rule = Availability.of(catalogue).changed(catalogue, [change("a")])
     assert [bool(rule.allowed(np.array([1]), t)[0]) for t in (3, 4)] == [False, True]
+
+
+def test_new_items_are_numbered_behind_mask_and_keep_their_numbers() -> None:
+    new = NewItems(3).with_ids(["x", "y", "x"])
+    assert (len(new), dict(new.index_by_id)) == (2, {"x": 5, "y": 6})
+    more = new.with_ids(["y", "z"])
+    assert dict(more.index_by_id) == {"x": 5, "y": 6, "z": 7}
+    assert [more[index] for index in (5, 6, 7)] == ["x", "y", "z"]
+    assert sorted(more.indices_of_keys(item_keys(["z", "a", "x"])).tolist()) == [5, 7]
+    assert len(NewItems(3).indices_of_keys(item_keys(["x"]))) == 0
+
+
+def test_rows_of_new_items_follow_the_rule_and_mask_never_exists() -> None:
+    catalogue = Catalogue.number([Item("a", available_from=10), Item("b", available_from=20)])
+    rule = Availability.of(catalogue).holding([(5, Item("y", None, (), 15, 30)), (1, Item("a", None, (), 12))])
+    every = np.arange(6)  # PAD, a, b, MASK, nothing yet, y
+    assert rule.allowed(every, 15).tolist() == [False, True, False, False, False, True]
+    assert rule.allowed(every, 30).tolist() == [False, True, True, False, False, False]
+    assert rule.irregular.tolist() == [1]  # only items with vectors: retrieval adds these to what it finds

@@ -49,7 +49,8 @@ def world(seed: int) -> Availability:
 def permitted(scope: Scope) -> IntArray:
     every = np.arange(1, len(scope.availability.numbering) + 1)
     exists = scope.availability.allowed(every, scope.as_of)
-    return np.array([i for i in every[exists] if i not in set(scope.banned.tolist())], np.int64)
+    fits = (i for i in every[exists] if scope.wanted is None or scope.wanted[i])
+    return np.array([i for i in fits if i not in set(scope.banned.tolist())], np.int64)
 
 
 def brute_force(query: Vectors, vectors: Vectors, scope: Scope, count: int) -> list[int]:
@@ -79,6 +80,50 @@ def test_the_best_permitted_items_and_no_others(mode: Mode, seed: int, count: in
     assert set(found.items.tolist()) <= set(permitted(scope).tolist())
     assert found.items.tolist() == brute_force(query, vectors, scope, count)
     np.testing.assert_allclose(found.scores, (vectors @ query)[found.items - 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [1, 10, 500])
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.3, 0.9])
+def test_filtered_search_is_complete(mode: Mode, seed: int, count: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    vectors, query = vectors_of(seed), rng.normal(size=WIDTH).astype(np.float32)
+    banned = rng.choice(N, 25, replace=False).astype(np.int64) + 1
+    scope = Scope(world(seed), NOW, banned, rng.random(N + 1) < share)
+    found = Retriever(vectors, indexed(vectors), mode).retrieve(query, count, scope)
+    assert found.items.tolist() == brute_force(query, vectors, scope, count)
+
+
+@pytest.mark.parametrize(("few", "path"), [(6, "gather"), (7, "exact")])
+def test_few_items_are_gathered_and_many_masked(few: int, path: str) -> None:
+    wanted = np.zeros(N + 1, bool)
+    wanted[1 : few + 1] = True
+    catalogue = Catalogue.number([Item(f"{n:03}", available_from=n) for n in range(1, N + 1)])
+    scope = Scope(Availability.of(catalogue), 60, np.zeros(0, np.int64), wanted)
+    vectors = vectors_of(5)
+    found = Retriever(vectors, None).retrieve(vectors[0], 3, scope)
+    assert found.path == path
+    assert found.items.tolist() == brute_force(vectors[0], vectors, scope, 3)
+
+
+@pytest.mark.parametrize("share", [None, 0.05, 0.5])
+@pytest.mark.parametrize("count", [1, 10, 500])
+def test_similar_is_by_cosine_and_exact_in_every_mode(mode: Mode, count: int, share: float | None) -> None:
+    rng = np.random.default_rng(7)
+    vectors = vectors_of(7) * rng.uniform(0.1, 10, (N, 1)).astype(np.float32)
+    vectors[3] = 0
+    wanted = None if share is None else rng.random(N + 1) < share
+    for item in (1, 4, 50):
+        scope = Scope(world(7), NOW, np.array([item], np.int64), wanted)
+        found = Retriever(vectors, indexed(vectors), mode).similar(item, count, scope)
+        lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(vectors[item - 1])
+        cosines = np.divide(vectors @ vectors[item - 1], lengths, out=np.zeros(N, np.float32), where=lengths > 0)
+        allowed = permitted(scope)
+        assert set(found.items.tolist()) <= set(allowed.tolist())
+        best = np.sort(cosines[allowed - 1])[::-1][:count]
+        assert len(set(found.items.tolist())) == len(best)
+        np.testing.assert_allclose(found.scores, best, atol=1e-5)
+        np.testing.assert_allclose(cosines[found.items - 1], best, atol=1e-5)
 
 
 def test_equal_scores_come_by_index(mode: Mode) -> None:

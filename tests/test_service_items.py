@@ -12,7 +12,7 @@ from service.catalogue import CatalogueUnavailable
 from shared.retrieval import Mode
 from tests.servers import RedisServer
 from tests.serving import Running, assert_problem, ids_of, json_of, running, serving, until
-from tests.worlds import after, cyclic
+from tests.worlds import after, cyclic, write_bundle
 
 N = 12
 
@@ -78,12 +78,102 @@ async def test_intervals_move(upnext: Running) -> None:
     assert ids_of(await upnext.bring(["1"], as_of="1995-01-01T00:00:00Z")) == ["12"]
 
 
-async def test_a_new_item_is_known_but_not_recommended(upnext: Running) -> None:
+async def test_a_new_item_comes_last_where_no_model_is_asked(upnext: Running) -> None:
     shown = await upnext.put("new", title="New", available_from="2020-01-01T00:00:00Z")
     assert (shown["in_bundle"], shown["available"]) == (False, True)
+    await upnext.put("older", categories=["parity:even"], available_from="2010-01-01T00:00:00Z")
     event = {"user_id": "u", "item_id": "new", "event_type": "view"}
     assert json_of(await upnext.http.post("/events", json=event))["events"][0]["known_item"]
-    assert "new" not in await upnext.ids("u", n=100)
+
+    assert await upnext.ids("nobody", n=100) == [*map(str, range(1, N + 1)), "older", "new"]
+    last = (await upnext.ask("nobody", n=100))["items"][-1]
+    assert last == {
+        "rank": N + 2, "item_id": "new", "title": "New", "score": None, "available_from": "2020-01-01T00:00:00Z",
+        "reason": "new",
+    }  # fmt: skip
+    assert await upnext.ids("u", n=100) == [*map(str, range(1, N + 1)), "older"]  # seen, and no model can read it
+    assert await upnext.ids("nobody", filter="parity:even", n=100) == ["2", "4", "6", "8", "10", "12", "older"]
+    assert await upnext.ids("nobody", exclude=["new"], available_after="2009-01-01T00:00:00Z") == ["older"]
+    named = ["new", "5", "older", "3"]
+    assert ids_of(await upnext.bring(["2"], candidates=named)) == ["3", "5", "older", "new"]
+    assert ids_of(await upnext.bring(["2", "older"], candidates=named, n=3)) == ["3", "5", "new"]
+    assert ids_of(await upnext.bring(["2"], candidates=["new"])) == ["new"]
+    assert "new" not in ids_of(await upnext.bring(["2"], n=100))  # no model can score it
+
+
+async def test_new_items_go_through_the_gate(upnext: Running) -> None:
+    await upnext.put("new", available_from="2010-01-01T00:00:00Z", available_until="2011-01-01T00:00:00Z")
+
+    async def shown(**parameters: Any) -> list[bool]:
+        answers = [
+            await upnext.bring([], n=100, **parameters),
+            await upnext.bring(["2"], candidates=["new"], **parameters),
+        ]
+        return ["new" in ids_of(answer) for answer in answers]
+
+    assert await shown(as_of="2009-12-31T23:59:59Z") == [False, False]
+    assert await shown(as_of="2010-01-01T00:00:00Z") == [True, True]
+    assert await shown(as_of="2011-01-01T00:00:00Z") == [False, False]
+    assert await shown() == [False, False]
+    await upnext.put("new", available_until="2100-01-01T00:00:00Z")
+    assert await shown() == [True, True]
+    assert json_of(await upnext.http.delete("/items/new"))["withdrawn"]
+    assert await shown() == [False, False]
+    assert await shown(as_of="2010-01-01T00:00:00Z") == [False, False]
+
+
+async def test_new_items_survive_a_swap_and_grow_into_the_bundle(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, cyclic(N), bundle_poll_seconds=0.02) as upnext:
+        await upnext.put("13", available_from="2020-01-01T00:00:00Z")
+        await upnext.put("new")
+        assert await upnext.ids("nobody", n=100) == [*map(str, range(1, N + 1)), "13", "new"]
+        nobody_told_when = await upnext.ids("nobody", n=100, as_of="2024-01-01T00:00:00Z")
+        assert nobody_told_when == [*map(str, range(1, N + 1)), "13"], "it exists from its first PUT on"
+        write_bundle(upnext.settings.bundles, cyclic(N + 1), version="next")
+        await until(lambda: upnext.services.live.now_serving().bundle.version == "next")
+        assert await upnext.ids("nobody", n=100) == [*map(str, range(1, N + 2)), "new"]
+        assert ids_of(await upnext.bring(["12"], n=1)) == ["13"]
+
+
+async def pages(upnext: Running, limit: int) -> list[list[str]]:
+    found: list[list[str]] = []
+    cursor: str | None = None
+    while True:
+        query = {"limit": str(limit)} | ({"cursor": cursor} if cursor else {})
+        page = json_of(await upnext.http.get("/items", params=query))
+        found.append([item["item_id"] for item in page["items"]])
+        cursor = page["next_cursor"]
+        if cursor is None:
+            return found
+
+
+async def test_pages(upnext: Running) -> None:
+    await upnext.put("new", title="New")
+    await upnext.put("11b")
+    await upnext.put("2", withdrawn=True)
+    every = sorted([*map(str, range(1, N + 1)), "new", "11b"])
+    for limit in (1, 3, 7, 14, 15, 1000):
+        found = await pages(upnext, limit)
+        assert [item for page in found for item in page] == every
+        assert [len(page) for page in found[:-1]] == [limit] * (len(found) - 1)
+        assert found[-1]
+    listed = json_of(await upnext.http.get("/items"))["items"]
+    for item in listed:
+        assert item == json_of(await upnext.http.get(f"/items/{item['item_id']}"))
+    past = json_of(await upnext.http.get("/items?cursor=zzz"))
+    assert past == {"items": [], "next_cursor": None}
+    response = await upnext.http.get("/items?limit=0&cursor=a%20b&offset=1")
+    assert_problem(response, 422, "validation", "cursor", "limit", "offset")
+
+
+async def test_pages_without_a_bundle(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, None) as upnext:
+        assert await pages(upnext, 10) == [[]]
+        await upnext.put("a")
+        assert await pages(upnext, 10) == [["a"]]
+        bare = upnext.settings.model_copy(update={"database_url": f"sqlite:///{tmp_path / 'bare.db'}"})
+    async with running(bare) as upnext:
+        assert_problem(await upnext.http.get("/items"), 503, "catalogue_unavailable")
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,9 @@ def test_every_error_has_an_example() -> None:
 
 
 def test_examples_of_bodies_are_accepted() -> None:
-    from service.schemas import EventBody, EventsBody, ItemBody, RecommendBody
+    from service.schemas import BatchBody, EventBody, EventsBody, ItemBody, OlderBody, RecommendBody
 
-    for model in (EventBody, EventsBody, ItemBody, RecommendBody):
+    for model in (BatchBody, EventBody, EventsBody, ItemBody, OlderBody, RecommendBody):
         examples = model.model_json_schema()["examples"]
         assert examples
         for example in examples:

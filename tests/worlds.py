@@ -30,6 +30,7 @@ from shared.times import DAY, of_year, render
 
 MAX_LENGTH: Final = 32
 BUCKETS: Final = (16, 32)
+CREATED: Final = "2000-03-01T00:00:00Z"
 BORN: Final = of_year(2000)
 
 
@@ -147,7 +148,7 @@ def manifest(world: World, version: str, width: int) -> Manifest:
     return Manifest(
         schema_version=bundles.SCHEMA_VERSION,
         version=version,
-        created="2000-03-01T00:00:00Z",
+        created=CREATED,
         data=DataInfo(
             source="tests/worlds.py",
             fingerprint="test",

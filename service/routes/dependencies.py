@@ -96,6 +96,9 @@ NO_PARAMETERS = [Depends(query_of(NoParameters))]
 
 def answer(content: dict[str, Any]) -> Response:
     """JSON bytes made by orjson: several times faster than a response model, which only describes them."""
-    return Response(
-        orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), headers=PRIVATE, media_type="application/json"
-    )
+    return Response(dumped(content), headers=PRIVATE, media_type="application/json")
+
+
+def dumped(content: dict[str, Any]) -> bytes:
+    """`content` as JSON."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

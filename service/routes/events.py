@@ -33,7 +33,9 @@ _EXAMPLES: dict[str, Any] = {
     response_model=EventsAnswer,
     summary="Tell what users did",
     dependencies=NO_PARAMETERS,
-    responses=errors.responses(errors.Malformed, errors.Conflict, errors.TooLarge, errors.Invalid, errors.LogDown),
+    responses=errors.responses(
+        errors.Malformed, errors.Conflict, errors.TooLarge, errors.Invalid, errors.LogDown, errors.Overloaded
+    ),
 )
 async def take_events(
     body: Annotated[EventOrEvents, Body(openapi_examples=_EXAMPLES)], services: ServicesOf, trace: TraceOf
@@ -93,7 +95,7 @@ def _at(base: str, position: int, rest: str, detail: str) -> Fault:
     response_model=HistoryAnswer,
     summary="What a user did",
     openapi_extra=described(HistoryParameters),
-    responses=errors.responses(errors.Invalid, errors.LogDown),
+    responses=errors.responses(errors.Invalid, errors.LogDown, errors.Overloaded),
 )
 async def show_history(
     user_id: UserPath,

@@ -1,68 +1,148 @@
-"""`GET | PUT | DELETE /items/{item_id}`: the bundle's items with the live catalogue on top."""
+"""`/items`: the bundle's items with the live catalogue on top, and items like an item."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from service import errors
-from service.answers import ItemAnswer
+from service.answers import ItemAnswer, ItemsAnswer, SimilarAnswer
+from service.bundles import Live
 from service.catalogue import CatalogueUnavailable
-from service.routes.dependencies import NO_PARAMETERS, ItemPath, Services, ServicesOf, answer
-from service.schemas import ItemBody
+from service.routes.dependencies import (
+    NO_PARAMETERS,
+    ItemPath,
+    Services,
+    ServicesOf,
+    TraceOf,
+    answer,
+    described,
+    query_of,
+)
+from service.routes.recommend import listed
+from service.schemas import ItemBody, PageParameters, SimilarParameters
+from service.similar import similar
 from shared.catalogue import Item, ItemChange
-from shared.times import BEGINNING, END, now, render_bound
+from shared.times import BEGINNING, END, now, render, render_bound
 
 T = TypeVar("T")
 
-router = APIRouter(tags=["catalogue"], dependencies=NO_PARAMETERS)
+PageQuery = Annotated[PageParameters, Depends(query_of(PageParameters))]
+SimilarQuery = Annotated[SimilarParameters, Depends(query_of(SimilarParameters))]
+router = APIRouter(tags=["catalogue"])
+
+
+@router.get(
+    "/items",
+    response_model=ItemsAnswer,
+    summary="All items, page by page",
+    openapi_extra=described(PageParameters),
+    responses=errors.responses(errors.Invalid, errors.CatalogueDown, errors.Overloaded),
+)
+async def list_items(parameters: PageQuery, services: ServicesOf) -> Response:
+    """The bundle's items and those of the live catalogue, in the order of their ids (by code point).
+
+    Items that are withdrawn or do not exist now are listed too, and say so. Changes show here within a second. An item
+    that is there from the first page to the last comes exactly once, whatever is added meanwhile.
+    """
+    live = services.live
+    if not live.catalogue_read:
+        raise errors.CatalogueDown()
+    ids = live.page(parameters.cursor or "", parameters.limit + 1)
+    page, more = ids[: parameters.limit], ids[parameters.limit :]
+    rows = [shown(item_id, live.change_of(item_id), live) for item_id in page]
+    return answer({"items": rows, "next_cursor": page[-1] if more else None})
+
+
+@router.get(
+    "/items/{item_id}/similar",
+    response_model=SimilarAnswer,
+    summary="Items like an item",
+    tags=["recommendations"],
+    openapi_extra=described(SimilarParameters),
+    responses=errors.responses(
+        errors.UnknownItem,
+        errors.UnknownModel,
+        errors.Invalid,
+        errors.NoBundle,
+        errors.CatalogueDown,
+        errors.Overloaded,
+    ),
+)
+async def similar_items(item_id: ItemPath, parameters: SimilarQuery, services: ServicesOf, trace: TraceOf) -> Response:
+    """Items whose vectors in the model point most nearly where this item's vector does, by cosine; never itself.
+
+    For an item that was added since the bundle was made there is no vector yet: it gets items that share categories
+    with it, the more the better, then by popularity; none when it shares none.
+    """
+    serving = services.live.now_serving()
+    model = serving.model(parameters.model, services.recommender.default_model)
+    trace.model_version = serving.bundle.version
+    found = similar(serving, model, item_id, parameters.n, parameters.as_of, trace)
+    return answer(
+        {
+            "item_id": found.item_id,
+            "model": {"name": found.model, "version": found.version},
+            "as_of": render(found.as_of),
+            "strategy": found.strategy,
+            "requested": found.requested,
+            "returned": len(found.items),
+            "items": listed(found.items),
+        }
+    )
 
 
 @router.get(
     "/items/{item_id}",
     response_model=ItemAnswer,
     summary="An item as it is now",
-    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown),
+    dependencies=NO_PARAMETERS,
+    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown, errors.Overloaded),
 )
 async def show_item(item_id: ItemPath, services: ServicesOf) -> Response:
     """What the bundle says, with every change made since on top."""
-    return shown(item_id, await reached(services.catalogue.get(item_id)), services)
+    change = await reached(services.catalogue.get(item_id))
+    return answer(shown(item_id, change, services.live))
 
 
 @router.put(
     "/items/{item_id}",
     response_model=ItemAnswer,
     summary="Change or add an item",
-    responses=errors.responses(errors.Malformed, errors.TooLarge, errors.Invalid, errors.CatalogueDown),
+    dependencies=NO_PARAMETERS,
+    responses=errors.responses(
+        errors.Malformed, errors.TooLarge, errors.Invalid, errors.CatalogueDown, errors.Overloaded
+    ),
 )
 async def put_item(item_id: ItemPath, body: ItemBody, services: ServicesOf) -> Response:
     """Set what holds for an item from now on. This worker obeys at once, every other within a second.
 
     Fields that are absent or null keep the value they have. An item that was not known before exists from now on
-    unless `available_from` says otherwise; it is recommended after the next training, since no model has a vector for
-    it yet.
+    unless `available_from` says otherwise. Until the next training no model has a vector for it: it comes behind all
+    others among popular items and among `candidates` that a caller names, and gets similar items by categories.
     """
-    known = current(item_id, await reached(services.catalogue.get(item_id)), services)
+    known = current(item_id, await reached(services.catalogue.get(item_id)), services.live)
     change = await reached(put(known or Item(item_id, available_from=now()), body, services))
-    return shown(item_id, change, services)
+    return answer(shown(item_id, change, services.live))
 
 
 @router.delete(
     "/items/{item_id}",
     response_model=ItemAnswer,
     summary="Withdraw an item",
-    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown),
+    dependencies=NO_PARAMETERS,
+    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown, errors.Overloaded),
 )
 async def withdraw_item(item_id: ItemPath, services: ServicesOf) -> Response:
     """The item is not returned any more, for no `as_of`, until a PUT without `withdrawn`. Twice is as good as once."""
-    known = current(item_id, await reached(services.catalogue.get(item_id)), services)
+    known = current(item_id, await reached(services.catalogue.get(item_id)), services.live)
     if known is None:
         raise _unknown(item_id)
     change = await reached(put(known, ItemBody(withdrawn=True), services))
-    return shown(item_id, change, services)
+    return answer(shown(item_id, change, services.live))
 
 
 async def put(known: Item, body: ItemBody, services: Services) -> ItemChange:
@@ -94,35 +174,33 @@ async def reached(answer: Awaitable[T]) -> T:
         raise errors.CatalogueDown() from error
 
 
-def current(item_id: str, change: ItemChange | None, services: Services) -> Item | None:
+def current(item_id: str, change: ItemChange | None, live: Live) -> Item | None:
     """The item as it is now; None when neither the bundle nor the catalogue knows it."""
-    serving = services.live.serving
+    serving = live.serving
     index = serving.bundle.catalogue.index_by_id.get(item_id) if serving else None
     if serving is None or index is None:
-        return None if change is None else Item(item_id).changed(change)
+        return None if change is None else change.on(Item(item_id))
     item = serving.bundle.catalogue[index]
-    return item if change is None or not serving.obeys(change) else item.changed(change)
+    return item if change is None or not serving.obeys(change) else change.on(item)
 
 
-def shown(item_id: str, change: ItemChange | None, services: Services) -> Response:
+def shown(item_id: str, change: ItemChange | None, live: Live) -> dict[str, Any]:
     """The item with `change` on top of what the bundle has. Raises UnknownItem when neither knows it."""
-    item, serving = current(item_id, change, services), services.live.serving
+    item, serving = current(item_id, change, live), live.serving
     if item is None:
         raise _unknown(item_id)
     exists = item.available_from <= now() < item.available_until and not item.withdrawn
-    return answer(
-        {
-            "item_id": item_id,
-            "title": item.title,
-            "categories": list(item.categories),
-            "available_from": render_bound(item.available_from),
-            "available_until": render_bound(item.available_until),
-            "withdrawn": item.withdrawn,
-            "available": exists,
-            "in_bundle": serving is not None and item_id in serving.bundle.catalogue.index_by_id,
-            "revision": None if change is None else change.revision,
-        }
-    )
+    return {
+        "item_id": item_id,
+        "title": item.title,
+        "categories": list(item.categories),
+        "available_from": render_bound(item.available_from),
+        "available_until": render_bound(item.available_until),
+        "withdrawn": item.withdrawn,
+        "available": exists,
+        "in_bundle": serving is not None and item_id in serving.bundle.catalogue.index_by_id,
+        "revision": None if change is None else change.revision,
+    }
 
 
 def _unknown(item_id: str) -> errors.UnknownItem:

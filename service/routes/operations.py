@@ -58,7 +58,7 @@ async def metrics(services: ServicesOf) -> Response:
 
 
 @router.get("/info", response_model=Info, summary="What runs here", dependencies=NO_PARAMETERS,
-            responses=errors.responses(errors.Invalid))  # fmt: skip
+            responses=errors.responses(errors.Invalid, errors.Overloaded))  # fmt: skip
 async def info(services: ServicesOf) -> Response:
     """Versions, data and checksums."""
     serving = services.live.serving
@@ -87,7 +87,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
 
 
 @router.get("/models", response_model=Models, summary="The models", dependencies=NO_PARAMETERS,
-            responses=errors.responses(errors.Invalid))  # fmt: skip
+            responses=errors.responses(errors.Invalid, errors.Overloaded))  # fmt: skip
 async def models(services: ServicesOf) -> Response:
     """Each model of the live bundle: shapes, search index, settings, and how it did on held-out data."""
     serving = services.live.serving

@@ -1,15 +1,18 @@
-"""`GET /recommend/{user_id}` and `POST /recommend`."""
+"""`GET /recommend/{user_id}`, `POST /recommend`, `POST /recommend/batch`, and the older `POST /api/recommend/`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
 
+import orjson
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from service import errors
-from service.answers import RecommendationAnswer
-from service.recommend import Question, Recommendation
+from service.answers import BatchAnswer, OlderAnswer, RecommendationAnswer
+from service.batch import recommend_all
+from service.recommend import Question, Recommendation, Recommended
 from service.routes.dependencies import (
     NO_PARAMETERS,
     Services,
@@ -18,9 +21,10 @@ from service.routes.dependencies import (
     UserPath,
     answer,
     described,
+    dumped,
     query_of,
 )
-from service.schemas import RecommendBody, RecommendParameters
+from service.schemas import BatchBody, OlderBody, RecommendBody, RecommendParameters
 from service.telemetry import Trace
 from shared.times import render
 
@@ -34,7 +38,12 @@ router = APIRouter(tags=["recommendations"])
     summary="What next, for a user",
     openapi_extra=described(RecommendParameters),
     responses=errors.responses(
-        errors.UnknownModel, errors.Invalid, errors.NoBundle, errors.HistoryDown, errors.CatalogueDown
+        errors.UnknownModel,
+        errors.Invalid,
+        errors.NoBundle,
+        errors.HistoryDown,
+        errors.CatalogueDown,
+        errors.Overloaded,
     ),
 )
 async def recommend_for_user(
@@ -58,7 +67,13 @@ async def recommend_for_user(
     summary="What next, for a history that the caller brings",
     dependencies=NO_PARAMETERS,
     responses=errors.responses(
-        errors.Malformed, errors.UnknownModel, errors.TooLarge, errors.Invalid, errors.NoBundle, errors.CatalogueDown
+        errors.Malformed,
+        errors.UnknownModel,
+        errors.TooLarge,
+        errors.Invalid,
+        errors.NoBundle,
+        errors.CatalogueDown,
+        errors.Overloaded,
     ),
 )
 async def recommend_for_history(body: RecommendBody, services: ServicesOf, trace: TraceOf) -> Response:
@@ -70,10 +85,76 @@ async def recommend_for_history(body: RecommendBody, services: ServicesOf, trace
     return await _recommend(body.question(), services, trace)
 
 
+_FOR_USERS: Final = errors.responses(
+    errors.Malformed,
+    errors.UnknownModel,
+    errors.TooLarge,
+    errors.Invalid,
+    errors.NoBundle,
+    errors.HistoryDown,
+    errors.CatalogueDown,
+    errors.Overloaded,
+)
+
+
+@router.post(
+    "/recommend/batch",
+    response_model=BatchAnswer,
+    summary="What next, for many users",
+    dependencies=NO_PARAMETERS,
+    responses=_FOR_USERS,
+)
+async def recommend_for_users(body: BatchBody, services: ServicesOf, trace: TraceOf) -> Response:
+    """One recommendation for each of up to 256 users, in order, each as `GET /recommend/{user_id}` would give it.
+
+    One bundle answers all of them. Single requests go ahead meanwhile. With `as_of=last_event`, or `require_seen`, one
+    user for whom there is no answer makes the whole request an error.
+    """
+    results = [  # bytes one by one: a large answer made in one go would hold up everybody
+        orjson.Fragment(dumped(rendered(counted(found, services))))
+        async for found in recommend_all(services.recommender, body.users, body.question(), trace)
+    ]
+    return answer({"results": results})
+
+
+@router.post(
+    "/api/recommend/",
+    response_model=OlderAnswer,
+    summary="What next, in the form of an older client",
+    dependencies=NO_PARAMETERS,
+    responses=_FOR_USERS,
+)
+async def recommend_as_before(body: OlderBody, services: ServicesOf, trace: TraceOf) -> Response:
+    """`GET /recommend/{user_id}` for a client that sends a body and expects three fields an item.
+
+    Ids that are whole numbers come back as numbers. The score is null for popular items, which no model scored.
+    """
+    found = counted(await services.recommender.recommend(body.question(), trace), services)
+    return answer(
+        {"recommendations": [{"id": number(i.item_id), "title": i.title, "score": i.score} for i in found.items]}
+    )
+
+
+def number(item_id: str) -> int | str:
+    """The id as a number if it is one and JSON readers can hold it: "42" -> 42, but "042" and "1e3" stay text."""
+    if not (item_id.isdecimal() and item_id.isascii() and len(item_id) <= len(str(_EXACT))):
+        return item_id
+    value = int(item_id)
+    return value if str(value) == item_id and value <= _EXACT else item_id
+
+
+_EXACT: Final = 2**53 - 1
+"""The largest whole number below which JavaScript and others tell all apart."""
+
+
 async def _recommend(question: Question, services: Services, trace: Trace) -> Response:
-    found = await services.recommender.recommend(question, trace)
+    return answer(rendered(counted(await services.recommender.recommend(question, trace), services)))
+
+
+def counted(found: Recommendation, services: Services) -> Recommendation:
+    """`found`, seen by the metrics."""
     services.metrics.recommendations.labels(found.model, found.strategy, found.history_source).inc()
-    return answer(rendered(found))
+    return found
 
 
 def rendered(found: Recommendation) -> dict[str, Any]:
@@ -88,15 +169,20 @@ def rendered(found: Recommendation) -> dict[str, Any]:
         "exclusions": {"seen": found.seen_excluded},
         "requested": found.requested,
         "returned": len(found.items),
-        "items": [
-            {
-                "rank": rank,
-                "item_id": item.item_id,
-                "title": item.title,
-                "score": item.score,
-                "available_from": item.available_from,
-                "reason": item.reason,
-            }
-            for rank, item in enumerate(found.items, start=1)
-        ],
+        "items": listed(found.items),
     }
+
+
+def listed(items: Sequence[Recommended]) -> list[dict[str, Any]]:
+    """Items as JSON content."""
+    return [
+        {
+            "rank": rank,
+            "item_id": item.item_id,
+            "title": item.title,
+            "score": item.score,
+            "available_from": item.available_from,
+            "reason": item.reason,
+        }
+        for rank, item in enumerate(items, start=1)
+    ]

@@ -1,0 +1,116 @@
+"""Which items carry which category, and what a caller may wish for beside that an item exists.
+
+A category is text of the form "field:value", for instance "genre:Comedy". Membership is one sorted array of item
+indices for each category, made once a bundle; a changed item leaves some of them and joins others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+
+from shared.catalogue import Catalogue, Item
+from shared.events import BoolArray, IntArray, ItemIndex
+
+_NONE: Final = np.zeros(0, np.int64)
+
+
+def field_of(category: str) -> str:
+    """field_of("genre:Comedy") -> "genre"."""
+    return category.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What items must be like. Hashable, so that answers to it can be kept.
+
+    any_of ("genre:Comedy", "genre:Drama", "country:fr")   (Comedy or Drama) and fr
+    none_of ("genre:Horror", "country:us")                 neither of the two
+    after, before                                          after <= available_from <= before
+    """
+
+    any_of: tuple[str, ...] = ()
+    none_of: tuple[str, ...] = ()
+    after: int | None = None  # epoch microseconds
+    before: int | None = None
+
+    def by_field(self) -> list[list[str]]:
+        """`any_of` in groups of one field: of each group an item must have one."""
+        groups: dict[str, list[str]] = {}
+        for category in self.any_of:
+            groups.setdefault(field_of(category), []).append(category)
+        return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Item indices by category: the bundle's, with the live changes on top. Immutable."""
+
+    members: Mapping[str, IntArray]  # category -> sorted item indices; a category that lost its last item stays
+    live: Mapping[ItemIndex, tuple[str, ...]]  # categories of the items that changed since the bundle
+    catalogue: Catalogue
+
+    @classmethod
+    def of(cls, catalogue: Catalogue) -> Categories:
+        """As the bundle has it, without live changes."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for index, item in enumerate(catalogue.items, start=1):
+            for category in set(item.categories):
+                found[category].append(index)
+        return cls({category: np.array(indices, np.int64) for category, indices in found.items()}, {}, catalogue)
+
+    def __getitem__(self, index: ItemIndex) -> tuple[str, ...]:
+        """The categories of an item."""
+        if index in self.live:
+            return self.live[index]
+        return self.catalogue[index].categories if index <= len(self.catalogue) else ()
+
+    @cached_property
+    def fields(self) -> list[str]:
+        """The fields that can be asked for, sorted."""
+        return sorted({field_of(category) for category in self.members if ":" in category})
+
+    def holding(self, items: Iterable[tuple[ItemIndex, Item]]) -> Categories:
+        """A new object with these values for these item indices, which may lie beyond the bundle's: new items."""
+        newest = {index: item.categories for index, item in items}
+        gone, come = defaultdict(list), defaultdict(list)
+        for index, categories in newest.items():
+            for category in set(self[index]) - set(categories):
+                gone[category].append(index)
+            for category in set(categories) - set(self[index]):
+                come[category].append(index)
+        members = dict(self.members)
+        for category in gone.keys() | come.keys():
+            kept = np.setdiff1d(members.get(category, _NONE), gone[category])
+            members[category] = np.union1d(kept, np.array(come[category], np.int64))
+        return replace(self, members=members, live={**self.live, **newest})
+
+    def select(self, where: Where, available_from: IntArray) -> BoolArray:
+        """Whether each item is like `where` wants it; (rows,) like `available_from`, both by item index."""
+        wanted = np.ones(len(available_from), bool)
+        for group in where.by_field():
+            wanted &= self._any(group, len(wanted))
+        wanted &= ~self._any(where.none_of, len(wanted))
+        if where.after is not None:
+            wanted &= available_from >= where.after
+        if where.before is not None:
+            wanted &= available_from <= where.before
+        return wanted
+
+    def sharing(self, index: ItemIndex, rows: int) -> IntArray:
+        """How many categories each item has in common with the item `index`; (rows,) by item index."""
+        shared = np.zeros(rows, np.int64)
+        for category in set(self[index]):
+            shared[self.members[category]] += 1
+        return shared
+
+    def _any(self, categories: Iterable[str], rows: int) -> BoolArray:
+        found = np.zeros(rows, bool)
+        for category in categories:
+            found[self.members.get(category, _NONE)] = True
+        return found
