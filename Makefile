@@ -30,8 +30,7 @@ format: $(VENV)/.dev   ## rewrite the sources in the project's format
 	@$(BIN)/ruff format .
 
 lock: $(VENV)/.dev   ## make constraints.txt anew from pyproject.toml
-	@$(BIN)/pip-compile --quiet --all-extras --strip-extras --upgrade --no-emit-index-url --no-emit-find-links \
-		--no-emit-trusted-host --output-file constraints.txt pyproject.toml
+	@CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --upgrade --output-file constraints.txt pyproject.toml
 	@# A local version such as 2.13.0+cpu names one machine's build, not the release.
 	@sed -i -E 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' constraints.txt
 
