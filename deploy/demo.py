@@ -33,6 +33,8 @@ def main() -> int:
     if not port_is_free(port):
         print(f"port {port} is in use. Stop what listens there, or choose another: UPNEXT_PORT=8001 make demo")
         return 1
+    # A shell script that starts this in the background has SIGINT ignored, for all processes below it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
     presets = os.environ.get("UPNEXT_DEMO_PRESETS", " ".join(PRESETS)).split()
     if not Path("bundles/CURRENT").is_file():
