@@ -16,9 +16,9 @@ from shared.events import IntArray
 from shared.retrieval import Mode, Retriever, build_index
 from shared.times import DAY
 from tests import worlds
-from tests.trained import ITEMS, KINDS, START, Kind, dataset, world
+from tests.trained import ITEMS, KINDS, START, Kind, dataset, evaluate_served, served_ranks, world
 from trainer.dataset import Cases, Dataset, leave_one_out
-from trainer.evaluate import TOP, evaluate_served, full_ranks, index_recall, served_ranks, vector_scores
+from trainer.evaluate import TOP, full_ranks, index_recall, vector_scores
 from trainer.metrics import MISSED
 from trainer.train import encode_torch, evaluate_torch
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from shared.times import DAY
-from tests.trained import START, config, cyclic_events, dataset, world
+from tests.trained import START, config, cyclic_events, dataset, evaluate_served, world
 from trainer.curves import read_epochs, write_epochs
 from trainer.dataset import leave_one_out
-from trainer.evaluate import evaluate_served, list_ranks
+from trainer.evaluate import list_ranks
 from trainer.metrics import MISSED
 from trainer.page import page, ticks
 from trainer.pipeline import rivals

@@ -20,11 +20,13 @@ import polars as pl
 from shared import bundle as bundles
 from shared.bundle import Bundle
 from shared.catalogue import Availability
+from shared.encoder import Encoder
 from shared.events import IntArray
+from shared.retrieval import Retriever
 from shared.times import DAY, SECOND, of_year
 from trainer.config import RunConfig
-from trainer.dataset import Dataset, Split, build_dataset, leave_one_out
-from trainer.evaluate import served_ranks
+from trainer.dataset import Cases, Dataset, Split, build_dataset, leave_one_out
+from trainer.evaluate import list_ranks, served_lists, served_metrics
 from trainer.export import Exported, export
 from trainer.metrics import metrics
 from trainer.pipeline import rivals
@@ -185,3 +187,14 @@ def contents(folder: Path) -> dict[str, str]:
     """Relative path -> checksum of every file under `folder`."""
     files = (f for f in folder.rglob("*") if f.is_file())
     return {f.relative_to(folder).as_posix(): bundles.sha256(f) for f in files}
+
+
+def served_ranks(cases: Cases, encoder: Encoder, retriever: Retriever, availability: Availability) -> IntArray:
+    """Ranks as a user of the service sees them: the place in the top-20 list by `availability`, (C,)."""
+    return list_ranks(served_lists(cases, encoder, retriever, availability).ruled, cases.target)
+
+
+def evaluate_served(split: Split, encoder: Encoder, retriever: Retriever) -> dict[str, Any]:
+    """Metrics of the split's test cases through an encoder and a retriever, by the split's rule."""
+    served = served_lists(split.test, encoder, retriever, split.rule)
+    return served_metrics(split.test, served, split.rule, split.popularity)

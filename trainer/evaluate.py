@@ -20,7 +20,7 @@ from shared.events import IntArray
 from shared.popularity import Popularity
 from shared.retrieval import Retriever, Scope
 from shared.times import END
-from trainer.dataset import Cases, Split
+from trainer.dataset import Cases
 from trainer.metrics import CUTOFFS, MISSED, intervals, list_metrics, metrics
 
 TOP: Final = 20
@@ -86,11 +86,6 @@ def list_ranks(lists: IntArray, targets: IntArray) -> IntArray:
     return np.where(hits.any(1), hits.argmax(1) + 1, MISSED)
 
 
-def served_ranks(cases: Cases, encoder: Encoder, retriever: Retriever, availability: Availability) -> IntArray:
-    """Ranks as a user of the service sees them: the place in the top-20 list by `availability`, (C,)."""
-    return list_ranks(served_lists(cases, encoder, retriever, availability).ruled, cases.target)
-
-
 def served_metrics(
     cases: Cases, served: Served, rule: Availability, popularity: Popularity, cutoffs: Sequence[int] = CUTOFFS
 ) -> dict[str, Any]:
@@ -114,12 +109,6 @@ def served_metrics(
             "items_hidden_mean": float(np.mean(fewer)) if fewer else 0.0,
         },
     }
-
-
-def evaluate_served(split: Split, encoder: Encoder, retriever: Retriever) -> dict[str, Any]:
-    """Metrics of the split's test cases through an encoder and a retriever, by the split's rule."""
-    served = served_lists(split.test, encoder, retriever, split.rule)
-    return served_metrics(split.test, served, split.rule, split.popularity)
 
 
 def items_hidden(rule: Availability, as_of: int) -> int:

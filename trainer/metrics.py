@@ -6,7 +6,7 @@ A rank is a target's place in the ranking, 1 is best. C cases, U users, K places
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -154,10 +154,6 @@ class Paired:
     high: float
     p: float  # two-sided, by a paired permutation test
     users: int
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
 
 
 def paired(
