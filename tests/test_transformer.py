@@ -24,7 +24,7 @@ def network(kind: Kind, **model: Any) -> Encoder:
         for name, weight in encoder.named_parameters():
             if "norm" not in name:
                 weight.copy_(torch.randn(weight.shape) * 0.3)
-        encoder.items.weight[0] = 0
+        encoder.items.ids.weight[0] = 0
     return encoder
 
 
@@ -87,8 +87,8 @@ def test_the_query_is_the_state_at_the_last_real_position(kind: Kind) -> None:
 def test_item_vectors_leave_out_pad_and_mask(kind: Kind) -> None:
     encoder = network(kind)
     assert encoder.vectors.shape == (N, 32)
-    assert torch.equal(encoder.vectors, encoder.items.weight[1:-1])
-    assert not Encoder(config(kind).model, N).items.weight[0].any()
+    assert torch.equal(encoder.vectors, encoder.items.ids.weight[1:-1])
+    assert not Encoder(config(kind).model, N).items.ids.weight[0].any()
 
 
 def test_order_matters() -> None:
@@ -100,7 +100,7 @@ def test_order_matters() -> None:
 def test_pad_gets_no_gradient(kind: Kind) -> None:
     encoder = network(kind, dropout=0.0).train()
     encoder(torch.tensor([[1, 2, 0]])).sum().backward()
-    gradient = encoder.items.weight.grad
+    gradient = encoder.items.ids.weight.grad
     assert gradient is not None
     assert not gradient[0].any()
     assert gradient[1].any()

@@ -42,14 +42,17 @@ class Exported:
 
 
 class _Query(nn.Module):
-    """What is exported: `Encoder.query` under the name `forward`."""
+    """What is exported: `Encoder.query` under the name `forward`, with the item table as a finished constant."""
+
+    table: Tensor  # (N + 2, D)
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+        self.register_buffer("table", encoder.items().detach().clone())
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
-        return self.encoder.query(items, lengths)
+        return self.encoder.query(items, lengths, self.table)
 
 
 def export(encoder: Encoder, config: RunConfig) -> Exported:

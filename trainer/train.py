@@ -106,7 +106,9 @@ class SequenceModel(pl.LightningModule):
         of short users would otherwise weigh as much as one of long users.
         """
         inputs, targets = self._pose(rows)
-        total = loss_of(self.encoder(inputs), targets, self.encoder.vectors, self.config.training, self.share)
+        table = self.encoder.items()  # (N + 2, D), once for inputs and scores
+        hidden, vectors = self.encoder(inputs, table), self.encoder.vectors_of(table)
+        total = loss_of(hidden, targets, vectors, self.config.training, self.share)
         loss = total / self.tokens_per_batch
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -140,7 +142,7 @@ def encode_torch(encoder: Encoder, config: RunConfig, histories: list[IntArray])
     """Query vectors of the histories that are not empty: their positions (C',) and vectors (C', D)."""
     was_training = encoder.training
     encoder.eval()
-    device = encoder.items.weight.device
+    table = encoder.items()
     asked = np.array([c for c, h in enumerate(histories) if len(h)], np.int64)
     asked = asked[np.argsort([len(histories[c]) for c in asked], kind="stable")]
     mask = None if encoder.causal else mask_index(encoder.item_count)
@@ -148,7 +150,8 @@ def encode_torch(encoder: Encoder, config: RunConfig, histories: list[IntArray])
     for start in range(0, len(asked), EVALUATION_BATCH):
         chunk = [histories[c] for c in asked[start : start + EVALUATION_BATCH]]
         items, lengths = pack(chunk, config.model.max_length, mask=mask)
-        parts.append(encoder.query(torch.from_numpy(items).to(device), torch.from_numpy(lengths).to(device)).cpu())
+        rows, ends = (torch.from_numpy(part).to(table.device) for part in (items, lengths))
+        parts.append(encoder.query(rows, ends, table).cpu())
     encoder.train(was_training)
     return asked, torch.cat(parts) if parts else torch.zeros(0, config.model.hidden_units)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shared.sequences import PAD
 from trainer.config import ModelConfig
+from trainer.items import ItemTable
 
 INIT_STD: Final = 0.02
 
@@ -64,13 +65,13 @@ class Encoder(nn.Module):
         self.item_count, self.dropout = item_count, config.dropout
         self.causal = config.kind == "sasrec"
         D = config.hidden_units
-        self.items = nn.Embedding(item_count + 2, D, padding_idx=PAD)  # PAD, 1..N, MASK
+        self.items = ItemTable(item_count, D)
         self.positions = nn.Embedding(config.max_length, D)
         self.blocks = nn.ModuleList(Block(config, self.causal) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(D, eps=1e-8)
         self.apply(self._initialise)
         with torch.no_grad():
-            self.items.weight[PAD].zero_()
+            self.items.ids.weight[PAD].zero_()
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
@@ -79,10 +80,14 @@ class Encoder(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of right-padded item indices (B, T)."""
+    def forward(self, items: Tensor, table: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) of right-padded item indices (B, T).
+
+        `table` (N + 2, D) is what `self.items()` gave: who needs it more than once makes it once.
+        """
         _, T = items.shape
-        x = self.items(items) * math.sqrt(self.items.embedding_dim)  # (B, T, D)
+        table = self.items() if table is None else table
+        x = F.embedding(items, table, padding_idx=PAD) * math.sqrt(table.shape[1])  # (B, T, D)
         x = x + self.positions(torch.arange(T, device=items.device))  # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
         # Behind a causal mask right padding is never looked at by real positions; both-sided attention must be told.
@@ -92,13 +97,17 @@ class Encoder(nn.Module):
         states: Tensor = self.norm(x)
         return states
 
-    def query(self, items: Tensor, lengths: Tensor) -> Tensor:
+    def query(self, items: Tensor, lengths: Tensor, table: Tensor | None = None) -> Tensor:
         """Query vectors (B, D): the state at the last real position of each row, MASK counting as real."""
-        hidden: Tensor = self(items)  # (B, T, D)
+        hidden: Tensor = self(items, table)  # (B, T, D)
         at = (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])  # (B, 1, D)
         return hidden.gather(1, at).squeeze(1)  # (B, D)
 
     @property
     def vectors(self) -> Tensor:
         """Item vectors (N, D): row r belongs to item index r + 1. A score is `vectors[r] · query`."""
-        return self.items.weight[1 : self.item_count + 1]
+        return self.vectors_of(self.items())
+
+    def vectors_of(self, table: Tensor) -> Tensor:
+        """The same (N, D) of a table (N + 2, D) that was made already."""
+        return table[1 : self.item_count + 1]
