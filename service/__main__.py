@@ -4,6 +4,7 @@ python -m service            run (the default)
 python -m service migrate    bring the database to this release's schema
 python -m service settings   print all settings as a table
 python -m service openapi    print the API description
+python -m service key shop read write >> keys    make an API key: its line for the file, and once, the key
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import uvicorn
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.keys import KeyRing, KeysError, Scope, new_key
 from service.redis_child import RedisMissing, start_redis
 from service.settings import PREFIX, Settings, markdown_table
 from shared.bundle import BundleError, current_version
@@ -32,18 +34,37 @@ from shared.database import SchemaError, create_engine, migrate
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m service", description="Upnext: what next, for a user.")
-    commands = {"run": run, "migrate": migrate_only, "settings": print_settings, "openapi": print_openapi}
-    parser.add_argument("command", nargs="?", default="run", choices=commands, help="default: run")
-    chosen = parser.parse_args(arguments).command
+    given = _parser().parse_args(arguments)
     try:
-        return commands[chosen](Settings())
+        if given.command == "key":
+            return make_key(given.name, given.scopes)
+        commands = {"run": run, "migrate": migrate_only, "settings": print_settings, "openapi": print_openapi}
+        return commands[given.command](Settings())
     except ValidationError as error:
         for found in error.errors():
             say(f"{PREFIX}{'.'.join(map(str, found['loc'])).upper()}: {found['msg']}")
-    except (RedisMissing, SchemaError, SQLAlchemyError, OSError) as error:
+    except (RedisMissing, SchemaError, KeysError, SQLAlchemyError, OSError) as error:
         say(str(error))
     return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m service", description="Upnext: what next, for a user.")
+    parser.set_defaults(command="run")
+    commands = parser.add_subparsers(title="commands", metavar="command (default: run)")
+    for name, about in (
+        ("run", "start everything that is missing, then the workers"),
+        ("migrate", "bring the database to this release's schema"),
+        ("settings", "print all settings as a table"),
+        ("openapi", "print the API description"),
+        ("key", "make an API key: its line for the file to stdout, the key itself, this once, to stderr"),
+    ):
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(command=name)
+        if name == "key":
+            command.add_argument("name", help="who will use it; it stands in the log")
+            command.add_argument("scopes", nargs="+", choices=[str(scope) for scope in Scope], help="what it may do")
+    return parser
 
 
 def say(text: str) -> None:
@@ -54,6 +75,14 @@ def say(text: str) -> None:
 def print_settings(_: Settings) -> int:
     """All settings as a table."""
     print(markdown_table())
+    return 0
+
+
+def make_key(name: str, scopes: list[str]) -> int:
+    """A new API key."""
+    key, line = new_key(name, [scope for scope in Scope if scope in scopes])
+    say(f"{key}\n(it is shown this once; the file that UPNEXT_API_KEYS_FILE names holds its hash)")
+    print(line)
     return 0
 
 
@@ -87,6 +116,9 @@ def run(settings: Settings) -> int:
     folder when it is imported.
     """
     refuse_taken_port(settings.host, settings.port)
+    if settings.api_keys_file is not None:
+        # Say here what workers would die of.
+        KeyRing(settings.api_keys_file, None).reload(settings.api_keys_file)
     signal.signal(signal.SIGTERM, _stop)
     with ExitStack() as stack:
         try:
@@ -137,6 +169,8 @@ def greet(settings: Settings) -> None:
     say(f"Upnext   {here}/docs   (API {here}, Ctrl-C stops it)")
     say(f"Bundle   {version or publish}")
     say(f"Redis    {redis}; workers: {settings.workers}")
+    if settings.api_key is None and settings.api_keys_file is None:
+        say("Keys     none: it answers this machine alone")
 
 
 def serve(settings: Settings) -> None:

@@ -35,7 +35,8 @@ class ServiceError(Exception):
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
     example: ClassVar[str] = "The request could not be answered. The log has the reason under this request id."
-    retry_after: ClassVar[int | None] = None  # seconds
+    retry_after: int | None = None  # seconds
+    headers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, detail: str | None = None, errors: Sequence[Fault] = (), **extra: Any) -> None:
         super().__init__(detail or self.example)
@@ -54,6 +55,33 @@ class Malformed(ServiceError):
 
     status, code, title = 400, "malformed", "Malformed request"
     example = "There was an error parsing the body"
+
+
+class Unauthorized(ServiceError):
+    """No key, or none that is known here."""
+
+    status, code, title = 401, "unauthorized", "Unauthorized"
+    example = "Send a key that this service knows: `Authorization: Bearer <key>`."
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ServiceError):
+    """The key is known, and may not do this."""
+
+    status, code, title = 403, "forbidden", "Forbidden"
+    example = "This needs a key with the scope `write`; the key 'shop' has not."
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
+
+
+class RateLimited(ServiceError):
+    """The key has used its window up."""
+
+    status, code, title, retry_after = 429, "rate_limited", "Too many requests", 1
+    example = "This key may ask 600 per 1 minute; try again in 17 s."
+
+    def __init__(self, detail: str | None = None, *, retry_after: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
 
 
 class NotFound(ServiceError):
@@ -163,7 +191,8 @@ def problem(error: ServiceError, instance: str, headers: Mapping[str, str] | Non
     }
     if error.errors:
         body["errors"] = error.errors
-    response = Response(orjson.dumps(body | error.extra), error.status, headers, MEDIA_TYPE)
+    sent = {**error.headers, **(headers or {})}
+    response = Response(orjson.dumps(body | error.extra), error.status, sent, MEDIA_TYPE)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
     return response

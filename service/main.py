@@ -13,13 +13,16 @@ from typing import Any, Final
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from service import errors
+from service import access, errors
+from service.access import Door
 from service.answers import Problem
 from service.bundles import Live
 from service.catalogue import LiveCatalogue
 from service.history import HistoryStore, create_redis
 from service.ingest import EventLog
+from service.keys import KeyRing
 from service.overload import InFlight
+from service.rates import RateLimit, parse_rate
 from service.recommend import Recommender
 from service.routes import events, items, operations, recommend
 from service.routes.dependencies import Services
@@ -41,7 +44,8 @@ What next, for a user, from the order of what they did.
 - **Times** are RFC 3339 with an offset, `2026-11-21T10:00:00Z`; a time without one is an error.
 - **Unknown parameters and fields** are errors, never silently ignored.
 - **Errors** are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) `application/problem+json` with a stable `type`;
-  a 503 says in `Retry-After` when to come back.
+  a 429 and a 503 say in `Retry-After` when to come back.
+- **Keys**: send `Authorization: Bearer <key>`. A service without keys answers callers on its own machine alone.
 - Every response carries `X-Request-Id`: send your own, or use ours when you report a problem. `Server-Timing` tells
   where the time went.
 """
@@ -58,11 +62,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The application for `settings` (of the environment by default). Nothing is opened before its lifespan."""
     settings = settings or Settings()
     metrics = Metrics()
+    keys = KeyRing(settings.api_keys_file, settings.api_key)
+    limit = None
+    if settings.rate_limit is not None and settings.redis_url is not None:
+        limit = RateLimit(parse_rate(settings.rate_limit), settings.redis_url)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with services_for(settings, metrics) as services:
-            app.state.services = services
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(keys)
+            if limit is not None:
+                stack.push_async_callback(limit.aclose)
+            app.state.services = await stack.enter_async_context(services_for(settings, metrics))
             yield
 
     app: FastAPI = FastAPIOffline(
@@ -78,9 +89,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for module in (recommend, events, items, operations):
         app.include_router(module.router)
     errors.install(app)
+    app.add_middleware(Door, keys=keys, limit=limit)
     app.add_middleware(InFlight, limit=settings.max_in_flight, metrics=metrics)
     app.add_middleware(Telemetry, metrics=metrics)  # outermost: it tells of refused requests too
-    _describe_problems(app)
+    _complete_description(app)
     return app
 
 
@@ -105,14 +117,15 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         yield Services(live, recommender, histories, log, catalogue, metrics)
 
 
-def _describe_problems(app: FastAPI) -> None:
-    """Put the form of all errors into the OpenAPI document, where every route's errors refer to it."""
+def _complete_description(app: FastAPI) -> None:
+    """Put keys, and the form of all errors, into the OpenAPI document, where every route's errors refer to it."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = generate()
         schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         document["components"]["schemas"].update(schema.pop("$defs"), Problem=schema)
+        access.describe(document)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.rates import parse_rate
 from shared.retrieval import Mode
 
 PREFIX = "UPNEXT_"
@@ -30,6 +31,15 @@ class Settings(BaseSettings):
         None,
         description="History cache: `redis://host:6379`. Unset, `python -m service` starts a Redis of its own.",
     )
+    api_keys_file: Path | None = Field(
+        None, description="File with a line for each API key, made by `python -m service key`; followed as it changes."
+    )
+    api_key: SecretStr | None = Field(
+        None, min_length=24, description="An API key itself, with all scopes; at least 24 characters, drawn at random."
+    )
+    rate_limit: str | None = Field(
+        None, description="How often each key may ask, for instance `600/minute`. Unset: as often as it likes."
+    )
     default_model: str | None = Field(
         None, description="Model that answers when a request names none. Unset, or not in the bundle: the bundle's own."
     )
@@ -51,6 +61,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines written; `warning` leaves out the line for each request."
     )
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _readable_rate(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_rate(value)
+        return value
 
 
 def markdown_table() -> str:

@@ -47,6 +47,7 @@ class Trace:
     stages: dict[str, float] = field(default_factory=dict)  # name -> seconds
     path: str | None = None  # which retrieval path found the candidates
     model_version: str | None = None
+    caller: str | None = None  # the name of the key that was sent, never the key
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -172,6 +173,8 @@ class Telemetry:
                 "ms": round((time.perf_counter() - trace.started) * 1000, 3),
                 "stages": {name: round(seconds * 1000, 3) for name, seconds in trace.stages.items()},
             }
+            if trace.caller:
+                fields["caller"] = trace.caller
             if trace.path:
                 fields["retrieval"] = trace.path
             log.info("request", extra={"fields": fields})

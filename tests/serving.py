@@ -30,6 +30,13 @@ class Running:
     http: httpx.AsyncClient
     settings: Settings
 
+    def peer(self, address: str = "127.0.0.1", key: str | None = None, **headers: str) -> httpx.AsyncClient:
+        """A client that the service sees at `address`, and that sends `key`."""
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        transport = httpx.ASGITransport(self.app, client=(address, 50_000))
+        return httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers)
+
     @property
     def services(self) -> Services:
         """What the lifespan built."""
@@ -141,6 +148,6 @@ def assert_problem(response: httpx.Response, status: int, code: str, *places: st
     assert detail in body["detail"]
     found = [fault.get("pointer", fault.get("parameter")) for fault in body.get("errors", [])]
     assert found == list(places)
-    assert ("retry-after" in response.headers) == (status == 503)
+    assert ("retry-after" in response.headers) == (status in (429, 503))
     assert response.headers["x-request-id"]
     return body
