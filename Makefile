@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo train-full test check format lock clean
+.PHONY: help setup demo train-full test check audit format lock clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -24,6 +24,9 @@ check: $(VENV)/.dev   ## lint and types alone
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+audit: $(VENV)/.dev   ## look up known vulnerabilities of what constraints.txt pins
+	@$(BIN)/python -m deploy.audit
 
 format: $(VENV)/.dev   ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .

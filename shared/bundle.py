@@ -209,6 +209,8 @@ def verify(path: Path) -> Manifest:
     for name, entry in manifest.files.items():
         file = path / _inside(name)
         try:
+            if file.resolve(strict=True) != path.resolve() / _inside(name) or not file.is_file():
+                raise BundleError(f"{path}: {name} is a link or no plain file; a bundle holds its files itself")
             size = file.stat().st_size
             if size != entry.size:
                 raise BundleError(f"{path}: {name} has {size} bytes, the manifest says {entry.size}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from alembic import command
 from alembic.config import Config
@@ -114,14 +115,27 @@ def normalise(url: str) -> URL:
     return parsed.set(drivername=drivers[family])
 
 
+def plain_engine(url: URL, **options: Any) -> AsyncEngine:
+    """An async engine for what `normalise` gave. Errors of its statements show no values: they are users' data.
+
+    PostgreSQL's own words for TLS (`sslmode=verify-full`, `sslrootcert`, `sslcert`, `sslkey`, ...) may stand in the
+    query of the URL, as in any other of its clients; asyncpg reads them from a DSN alone.
+    """
+    tls = {name: value for name, value in url.query.items() if name.startswith("ssl")}
+    if tls:
+        url = url.difference_update_query(tls)
+        options["connect_args"] = {"dsn": f"postgresql://?{urlencode(tls)}"}
+    return create_async_engine(url, hide_parameters=True, **options)
+
+
 def create_engine(url: str, **options: Any) -> AsyncEngine:
     """An async engine for `url`; SQLite is set up so that a commit survives power loss and workers wait their turn."""
     parsed = normalise(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_async_engine(parsed, pool_pre_ping=True, **options)
+        return plain_engine(parsed, pool_pre_ping=True, **options)
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_async_engine(parsed, **options)
+    engine = plain_engine(parsed, **options)
 
     @event.listens_for(engine.sync_engine, "connect")
     def set_pragmas(connection: Any, _record: Any) -> None:

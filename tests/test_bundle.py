@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx.external_data_helper import set_external_data
 
 from shared import bundle as module
 from shared.bundle import (
@@ -134,6 +137,36 @@ def make_folder(path: Path) -> None:
     (path / "items.jsonl").mkdir()
 
 
+def link_out(name: str) -> Damage:
+    """The same bytes, but from elsewhere: size and checksum are right."""
+
+    def damage(path: Path) -> None:
+        elsewhere = path.parent / "elsewhere"
+        (path / name).rename(elsewhere)
+        (path / name).symlink_to(elsewhere)
+
+    return damage
+
+
+def read_elsewhere(path: Path) -> None:
+    """A network whose weights lie in a file that is not the bundle's."""
+    (path.parent / "secret").write_bytes(b"\0" * 14 * 12 * 4)
+
+    def write(file: Path) -> None:
+        model = onnx.load_model_from_string(worlds.encoder_bytes(worlds.circle(12), asks_with_mask=False))
+        table = next(tensor for tensor in model.graph.initializer if tensor.name == "table")
+        set_external_data(table, "../../../secret")
+        table.ClearField("raw_data")
+        file.write_bytes(model.SerializeToString())
+
+    replace_file(path, "models/sasrec/encoder.onnx", write)
+
+
+def make_pipe(path: Path) -> None:
+    (path / "items.jsonl").unlink()
+    os.mkfifo(path / "items.jsonl")
+
+
 def drop_line(path: Path) -> None:
     lines = (path / "items.jsonl").read_text().splitlines(keepends=True)
     replace_file(path, "items.jsonl", lambda file: file.write_text("".join(lines[:-1])))
@@ -160,6 +193,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "path absolute": (list_file("/etc/hostname"), "outside the bundle"),
     "path empty": (list_file(""), "outside the bundle"),
     "path with nul": (list_file("a\0b"), "outside the bundle"),
+    "file a link": (link_out("items.jsonl"), "is a link"),
+    "folder a link": (link_out("models/sasrec"), "is a link"),
+    "file that never ends": (make_pipe, "no plain file"),
+    "weights elsewhere": (read_elsewhere, "cannot be loaded"),
     "model name a path": (other_names, "cannot be a model's name"),
     "default model absent": (lambda p: rewrite(p, lambda m: m.update(default_model="nobody")), "default model"),
     "vectors of fewer items": (save_vectors(np.eye(11, 12, dtype=np.float32)), "not the catalogue's"),

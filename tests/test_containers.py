@@ -317,13 +317,20 @@ def test_images_are_pinned_or_built_here(compose: dict[str, Any]) -> None:
             assert service["pull_policy"] == "never"
 
 
-@pytest.mark.parametrize("name", ["service", "migrate"])
-def test_the_service_may_do_little(compose: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", ["service", "migrate", "trainer", "redis", "postgres"])
+def test_a_container_may_do_little(compose: dict[str, Any], name: str) -> None:
     service = compose["services"][name]
     assert service["read_only"] is True
-    assert service["tmpfs"] == ["/tmp"]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
+    if name in ("redis", "postgres"):
+        assert service["user"] == name  # the others have a user of their own in the image
+    else:
+        assert service["tmpfs"] == ["/tmp"]
+
+
+def test_compose_asks_for_a_key(compose: dict[str, Any]) -> None:
+    assert compose["services"]["service"]["environment"]["UPNEXT_API_KEY"].startswith("${UPNEXT_API_KEY:?")
 
 
 def test_only_the_service_is_reachable_and_from_this_machine_alone(compose: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import polars as pl
 from sqlalchemy import Select, func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared import database, times
 from trainer.sources.clean import CATEGORY, clean_events, clean_items
@@ -79,7 +79,7 @@ def _parse(url: str) -> URL:
 
 
 async def _read(url: URL, chunk_rows: int) -> tuple[Table, Table]:
-    engine = create_async_engine(url)
+    engine = database.plain_engine(url)
     try:
         async with engine.connect() as connection:
             return await _read_log(connection, chunk_rows), await _read_catalogue(connection)
