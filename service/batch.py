@@ -92,7 +92,7 @@ async def search(
         if not known:
             return []
         with trace.stage("encode"):
-            queries = encode(model, [case.sequence for case in known])  # (B, D)
+            queries = encode(model, known)  # (B, D)
         with trace.stage("retrieve"):
             return [(q, candidates(c, q, s)) for c, q, s in zip(known, queries, scopes, strict=True)]
 

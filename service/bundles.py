@@ -281,7 +281,7 @@ def _warm(serving: Serving) -> None:
         spec = model.info.encoder
         longest = spec.max_length - (spec.mask is not None)
         for length in {min(bucket, longest) for bucket in spec.buckets} | {longest}:
-            (query,) = model.encoder.encode([np.ones(length, np.int64)])
+            (query,) = model.encoder.encode([np.ones(length, np.int64)], [np.zeros(length + 1, np.int64)])
         if not np.isfinite(query).all():
             raise BundleError(f"{bundle.path}: {model.name} answers with numbers that are not finite")
         model.retriever.retrieve(query, 10, scope)

@@ -115,6 +115,7 @@ class Case:
     question: Question
     reading: Reading
     sequence: IntArray  # (L,) item indices that a model knows, oldest first
+    times: IntArray  # (L + 1,) when those events happened, epoch microseconds, and last the time that is asked about
     banned: IntArray  # item indices that must not be returned
 
     def scope(self, serving: Serving) -> Scope:
@@ -142,7 +143,7 @@ class Recommender:
         if not len(case.sequence):
             return respond(case, serving, model, popular(case, serving))
         with trace.stage("encode"):
-            (query,) = encode(model, [case.sequence])
+            (query,) = encode(model, [case])
         with trace.stage("retrieve"):
             found = retrieve(case, model, query, case.scope(serving), self.count(question), serving)
         with trace.stage("exclude"):
@@ -241,8 +242,9 @@ def refuse_unknown_fields(question: Question, serving: Serving) -> None:
 def bring(question: Question, brought: Brought, policy: HistoryPolicy) -> Reading:
     """A history from the request, read as one from the log would be: in time order, cut at `as_of`, all of it seen."""
     keys = item_keys(brought.item_ids)  # (L,)
-    if brought.timestamps is None:
-        as_of, times = moment(question, None), np.zeros(len(keys), np.int64)
+    if brought.timestamps is None:  # nobody knows: for an encoder with a clock, all of it has just happened
+        as_of = moment(question, None)
+        times = np.full(len(keys), as_of, np.int64)
     else:
         times = np.array(brought.timestamps, np.int64)  # (L,)
         as_of = moment(question, int(times.max()) if len(times) else None)
@@ -262,16 +264,17 @@ def place(question: Question, reading: Reading, serving: Serving) -> Case:
     banned = serving.indices_of(question.exclude)
     if question.exclude_seen:
         banned = np.concatenate((serving.indices_of_keys(reading.history.seen), banned))
-    return Case(question, reading, sequence[sequence > 0], banned)
+    known = sequence > 0
+    return Case(question, reading, sequence[known], np.append(reading.history.timestamps[known], reading.as_of), banned)
 
 
-def encode(model: Model, sequences: Sequence[IntArray]) -> Vectors:
-    """The query vectors (B, D) of B sequences, none of them empty.
+def encode(model: Model, cases: Sequence[Case]) -> Vectors:
+    """The query vectors (B, D) of B cases, none of them with an empty sequence.
 
     For one request this runs on the event loop: one history takes 0.1 to 0.6 ms, a hand-over to a thread and back costs
     about as much and the GIL with it. This is the place where waiting requests would be coalesced into one call.
     """
-    return model.encoder.encode(sequences)
+    return model.encoder.encode([c.sequence for c in cases], [c.times for c in cases])
 
 
 def retrieve(case: Case, model: Model, query: Vectors, scope: Scope, count: int, serving: Serving) -> Retrieval:

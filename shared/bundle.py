@@ -40,8 +40,8 @@ from shared.popularity import Popularity
 from shared.retrieval import Mode, Retriever, load_index
 from shared.times import BEGINNING, END, parse, render_bound
 
-SCHEMA_VERSION: Final = 1
-READABLE_VERSIONS: Final = (1,)
+SCHEMA_VERSION: Final = 2
+READABLE_VERSIONS: Final = (1, 2)
 VERSION_PATTERN: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 CURRENT: Final = "CURRENT"
 MANIFEST: Final = "manifest.json"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from shared.events import IntArray
-from shared.sequences import BUCKETS, bucket_of, mask_index, pack
+from shared.sequences import BUCKETS, Clock, bucket_of, mask_index, pack, time_buckets
 
 Vectors = NDArray[np.float32]
 
@@ -35,6 +35,14 @@ class EncoderSpec(BaseModel):
     max_length: int = Field(ge=2, description="T: items read at most, MASK included.")
     asks_with_mask: bool = Field(description="Whether MASK is put behind the history to ask for what follows.")
     buckets: tuple[int, ...] = BUCKETS
+    clock: Clock = Field("none", description="Whether it reads times, and what they are measured from.")
+    largest_time: int = Field(0, ge=0, description="Largest bucket of time that training saw.")
+
+    def ages(self, times: Sequence[IntArray], width: int | None = None) -> NDArray[np.int32]:
+        """Buckets (B, T, T) for rows packed to `width` T (the longest row's length otherwise); times (L + 1,) each."""
+        longest, extra = (self.max_length, 0) if self.asks_with_mask else (self.max_length + 1, 1)
+        packed, _ = pack(times, longest, width=None if width is None else width + extra)
+        return time_buckets(packed, self.clock, self.largest_time, masked=self.asks_with_mask)
 
     @property
     def mask(self) -> int | None:
@@ -57,8 +65,14 @@ class Encoder:
         source = model if isinstance(model, bytes) else str(model)
         self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
-    def encode(self, histories: Sequence[IntArray]) -> Vectors:
-        """Query vectors (B, D), float32, of B histories of known item indices, each oldest first and not empty."""
+    def encode(self, histories: Sequence[IntArray], times: Sequence[IntArray] | None = None) -> Vectors:
+        """Query vectors (B, D), float32, of B histories of known item indices, each oldest first and not empty.
+
+        `times` are needed by an encoder with a clock and not looked at by others: for each history of L items L + 1
+        epoch microseconds, of its events and, last, of the question.
+        """
+        if self.spec.clock != "none" and times is None:
+            raise ValueError(f"an encoder with clock {self.spec.clock!r} must be told the times of the events")
         queries = np.empty((len(histories), self.spec.width), np.float32)
         extra = 0 if self.spec.mask is None else 1
         by_bucket: dict[int, list[int]] = {}
@@ -69,10 +83,14 @@ class Encoder:
             for start in range(0, len(rows), CHUNK):
                 chunk = rows[start : start + CHUNK]
                 packed = pack([histories[r] for r in chunk], self.spec.max_length, mask=self.spec.mask, width=bucket)
-                queries[chunk] = self.run(*packed)
+                if self.spec.clock == "none" or times is None:
+                    queries[chunk] = self.run(*packed)
+                else:
+                    queries[chunk] = self.run(*packed, self.spec.ages([times[r] for r in chunk], bucket))
         return queries
 
-    def run(self, items: IntArray, lengths: IntArray) -> Vectors:
-        """The bare network: packed items (B, T) and lengths (B,) to query vectors (B, D)."""
-        (queries,) = self.session.run(["query"], {"items": items, "lengths": lengths})
+    def run(self, items: IntArray, lengths: IntArray, ages: NDArray[np.int32] | None = None) -> Vectors:
+        """The bare network: packed items (B, T), lengths (B,), with a clock ages (B, T, T), to query vectors (B, D)."""
+        inputs = {"items": items, "lengths": lengths} | ({} if ages is None else {"ages": ages})
+        (queries,) = self.session.run(["query"], inputs)
         return np.asarray(queries, np.float32)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.events import IntArray
+from shared.times import SECOND
+
+Clock = Literal["none", "events", "query"]
+"""What an encoder is told of time: nothing, how long before the newest event each event was, or how long before the
+question."""
 
 PAD: Final = 0  # item index 0 is never an item
 BUCKETS: Final = (16, 32, 64, 128, 200)
 """Lengths T that rectangles come in: few shapes keep an ONNX session's memory plans and timings few."""
+BUCKET_WIDTH: Final = 0.301
+LARGEST_BUCKET: Final = 127
+"""Times apart are told in steps of a third or so: bucket b begins at exp(0.301 b) seconds (HSTU, Zhai et al. 2024)."""
 
 
 def mask_index(item_count: int) -> int:
@@ -74,3 +83,24 @@ def pack_slices(
     if mask is not None:
         items[np.arange(len(lengths)), kept] = mask
     return items, lengths
+
+
+def time_buckets(times: IntArray, clock: Clock, largest: int, *, masked: bool = False) -> NDArray[np.int32]:
+    """How long before each position's moment each event was: (B, T, T) buckets, 0 for a second or less.
+
+    `times` are packed epoch microseconds. They are (B, T + 1) for a causal encoder: of its T events and, behind the
+    last of each row, of the question. The moment of position t is the time of event t ("events"), or of event t + 1,
+    which it is to guess ("query"). A `masked` encoder is asked at MASK, which stands in the row: times are (B, T) and
+    the moment of each position is its own. Differences are taken in integers; what is farther apart than anything
+    that training saw counts as `largest`.
+    """
+    seconds = times // SECOND
+    seen = seconds if masked else seconds[:, :-1]  # (B, T)
+    asked = seconds[:, 1:] if clock == "query" and not masked else seen  # (B, T)
+    apart = np.abs(asked[:, :, None] - seen[:, None, :]).astype(np.float32)  # (B, T, T)
+    np.maximum(apart, 1.0, out=apart)
+    np.log(apart, out=apart)
+    apart *= np.float32(1 / BUCKET_WIDTH)
+    np.minimum(apart, np.float32(largest), out=apart)
+    buckets: NDArray[np.int32] = apart.astype(np.int32)
+    return buckets

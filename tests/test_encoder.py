@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shared.encoder import CHUNK, Encoder, EncoderSpec, Vectors
 from shared.events import IntArray
+from shared.times import SECOND
 from tests import worlds
 
 N = 12
@@ -71,3 +72,21 @@ def test_only_a_model_that_asks_with_mask_has_one() -> None:
 
 def test_no_histories_give_no_queries() -> None:
     assert ENCODERS["sasrec"].encode([]).shape == (0, N)
+
+
+def test_an_encoder_with_a_clock_is_told_the_times_of_each_history() -> None:
+    """In the hand-made world who has been away for more than an hour has moved on by one."""
+    for name in ("sasrec", "bert4rec"):
+        spec = worlds.model_info(name, N, N, "query").encoder
+        encoder = Encoder(
+            worlds.encoder_bytes(worlds.circle(N), asks_with_mask=spec.asks_with_mask, clock="query"), spec
+        )
+        histories = [history(5, 3), history(3), history(*[1] * 40, 3)]
+        recent = [np.arange(len(h) + 1) * SECOND for h in histories]
+        away = [np.append(t[:-1], t[-2] + 2 * 3600 * SECOND) for t in recent]
+        assert encoder.encode(histories, recent).tolist() == [worlds.circle(N)[3].tolist()] * 3
+        assert encoder.encode(histories, away).tolist() == [worlds.circle(N)[4].tolist()] * 3
+        mixed = encoder.encode(histories, [recent[0], away[1], recent[2]])
+        assert mixed.tolist() == [worlds.circle(N)[i].tolist() for i in (3, 4, 3)]
+        with pytest.raises(ValueError, match="must be told the times"):
+            encoder.encode(histories)

@@ -92,7 +92,7 @@ def test_served_ranks_are_the_full_ranks_of_the_first_20(
     model, cases = found.bundle.models[kind], found.split.test
     retriever = Retriever(model.retriever.vectors, model.retriever.index, mode)
     served = served_ranks(cases, model.encoder, retriever, Availability.open(ITEMS))
-    order, queries = encode_torch(found.fitted.encoder, found.config, cases.histories())
+    order, queries = encode_torch(found.fitted.encoder, found.config, cases)
     table = np.empty(queries.shape, np.float32)
     table[order] = queries.numpy()
     full = full_ranks(cases, vector_scores(table, model.retriever.vectors))

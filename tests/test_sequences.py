@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.sequences import BUCKETS, PAD, bucket_of, mask_index, pack, pack_slices
+from shared.sequences import BUCKETS, PAD, bucket_of, mask_index, pack, pack_slices, time_buckets
+from shared.times import SECOND, of_year
 
 MASK = 99
 some_histories = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), min_size=1, max_size=6)
@@ -93,3 +94,42 @@ def test_a_bucket_holds_the_length_up_to_the_limit(length: int, limit: int) -> N
     assert min(length, limit) <= found <= limit
     assert found in (*BUCKETS, limit)
     assert not any(min(length, limit) <= b < found for b in BUCKETS)  # the smallest one
+
+
+# --- times ------------------------------------------------------------------------------------------------
+
+APART = {0: 0, 1: 0, 2: 2, 60: 13, 3600: 27, 86_400: 37, 31_536_000: 57}
+"""Seconds -> floor(ln(seconds) / 0.301), by hand."""
+
+
+def ages(times: list[int], clock: str, largest: int = 99, *, masked: bool = False) -> list[list[int]]:
+    found = time_buckets(np.array([times], np.int64), clock, largest, masked=masked)  # type: ignore[arg-type]
+    assert found.dtype == np.int32
+    rows: list[list[int]] = found[0].tolist()
+    return rows
+
+
+@pytest.mark.parametrize(("seconds", "bucket"), APART.items())
+def test_the_bucket_of_a_time_apart(seconds: int, bucket: int) -> None:
+    now = of_year(2026)
+    assert ages([now - seconds * SECOND, now], "query") == [[bucket]]
+    assert ages([now, now - seconds * SECOND], "query") == [[bucket]]  # order is by arrival: clocks may run back
+
+
+def test_moments_are_those_of_the_newest_event_or_of_the_question() -> None:
+    now = of_year(2026)
+    times = [now - 3660 * SECOND, now - 60 * SECOND, now]  # of two events and the question
+    assert ages(times, "query") == [[27, 0], [27, 13]]
+    assert ages(times, "events") == [[0, 27], [27, 0]]
+    assert ages(times, "query", masked=True) == [[0, 27, 27], [27, 0, 13], [27, 13, 0]]
+
+
+def test_what_training_never_saw_counts_as_the_largest() -> None:
+    assert ages([of_year(1990), of_year(2026)], "query", 40) == [[40]]
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**20))
+def test_buckets_do_not_depend_on_how_late_in_time_it_is(seconds: int, apart: int) -> None:
+    """A cast of epoch times before taking differences would lose seconds."""
+    late = [seconds * SECOND, (seconds + apart) * SECOND]
+    assert ages(late, "query") == ages([0, apart * SECOND], "query")

@@ -212,3 +212,19 @@ async def test_known_items_behind_a_window_of_unknown_ones_count(upnext: Running
     for _ in range(2):  # from the log, then from the cache
         answer = await upnext.ask("u", n=1)
         assert (answer["strategy"], answer["items"][0]["item_id"]) == ("sequence", "3")
+
+
+async def test_a_model_with_a_clock_is_told_when_things_happened(tmp_path: Path, redis_server: RedisServer) -> None:
+    """In this world who has been away for more than an hour has moved on by one."""
+    async with serving(tmp_path, redis_server, cyclic(N, clock="query")) as upnext:
+        await upnext.view("u", "unknown", "3", "unknown", at=day(400))
+        for model in ("sasrec", "bert4rec"):
+            for at, first in ((day(400.01), "4"), (day(400.5), "5"), ("last_event", "4")):
+                assert (await upnext.ids("u", model=model, as_of=at))[0] == first
+                batch = await upnext.http.post("/recommend/batch", json={"users": ["u"], "model": model, "as_of": at})
+                assert batch.json()["results"][0]["items"][0]["item_id"] == first
+            timed = [{"item_id": "3", "timestamp": day(400)}]
+            assert ids_of(await upnext.bring(timed, model=model, as_of=day(400.01)))[0] == "4"
+            assert ids_of(await upnext.bring(timed, model=model))[0] == "5"
+            # Nobody said when: it has just happened, whatever the time that is asked about.
+            assert ids_of(await upnext.bring(["3"], model=model, as_of=day(400.5)))[0] == "4"

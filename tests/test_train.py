@@ -145,16 +145,16 @@ def test_users_without_two_events_cannot_teach_what_comes_next() -> None:
 @pytest.mark.parametrize(("kind", "longest"), [("sasrec", 5), ("bert4rec", 4)])
 def test_rows_are_the_newest_events_of_each_user(kind: Kind, longest: int) -> None:
     sequences = Sequences(np.arange(1, 11), np.array([0, 7]), np.array([7, 10]))
-    rows = [r for batch in Batches(sequences, config(kind, model={"max_length": 4})) for r in batch.tolist()]
+    rows = [r for batch in Batches(sequences, config(kind, model={"max_length": 4})) for r in batch[0].tolist()]
     assert sorted([x for x in row if x] for row in rows) == [list(range(8 - longest, 8)), [8, 9, 10]]
 
 
 def test_each_epoch_has_its_own_batches() -> None:
     data = Batches(SPLIT.sequences, config())
-    first, again = ([b.tolist() for b in data] for _ in range(2))
+    first, again = ([b[0].tolist() for b in data] for _ in range(2))
     data.epoch = 1
     assert first == again
-    assert [b.tolist() for b in data] != first
+    assert [b[0].tolist() for b in data] != first
 
 
 def test_the_loss_is_divided_by_the_mean_number_of_guesses() -> None:

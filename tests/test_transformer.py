@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.sequences import LARGEST_BUCKET
 from tests.trained import KINDS, Kind, config
 from trainer.transformer import Encoder
 
@@ -29,8 +30,11 @@ def network(kind: Kind, **model: Any) -> Encoder:
 
 
 def states(encoder: Encoder, *rows: list[int]) -> Tensor:
+    """With a clock, events i and j are bucket |i - j| apart, whatever else is in the row."""
+    at = torch.arange(len(rows[0]))
+    ages = None if encoder.clock == "none" else (at[:, None] - at).abs().expand(len(rows), -1, -1)
     with torch.no_grad():
-        found: Tensor = encoder(torch.tensor(rows))
+        found: Tensor = encoder(torch.tensor(rows), ages)
     return found
 
 
@@ -70,8 +74,8 @@ def test_without_the_key_mask_padding_would_be_seen() -> None:
     keys = torch.tensor([[[[True, True, True, False, False]]]])
     with torch.no_grad():
         block: Any = encoder.blocks[0]
-        assert apart(block(x, keys)[:, :3], block(x[:, :3], None)) < 1e-5
-        assert apart(block(x, None)[:, :3], block(x[:, :3], None)) > 1e-2
+        assert apart(block(x, keys, None)[:, :3], block(x[:, :3], None, None)) < 1e-5
+        assert apart(block(x, None, None)[:, :3], block(x[:, :3], None, None)) > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,3 +115,70 @@ def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:
     assert torch.equal(states(encoder, [1, 2]), states(encoder, [1, 2]))
     encoder.train()
     assert not torch.equal(states(encoder, [1, 2]), states(encoder, [1, 2]))
+
+
+# --- options --------------------------------------------------------------------------------------------------
+
+OPTIONS: list[dict[str, Any]] = [
+    {"block": "original"},
+    {"block": "gated"},
+    {"position_bias": True, "positions": "none"},
+    {"time_bias": "query"},
+    {"time_bias": "query", "position_bias": True, "block": "original"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_with_every_option_nobody_looks_ahead_and_padding_is_not_seen(kind: Kind, options: dict[str, Any]) -> None:
+    encoder = network(kind, **options)
+    bare = states(encoder, [1, 2, 3])
+    padded = states(encoder, [1, 2, 3, 0, 0], [1, 2, 3, 8, 9])
+    assert apart(bare[0], padded[0, :3]) < 1e-4
+    ahead = apart(bare[0, :3], padded[1, :3])
+    assert ahead < 1e-4 if kind == "sasrec" else ahead > 1e-2
+
+
+def test_the_original_block_is_that_of_sasrec() -> None:
+    """Against the published code, line by line: torch's own attention, a boolean mask for what comes later."""
+    encoder = network("sasrec", block="original", blocks=1)
+    block: Any = encoder.blocks[0]
+    theirs = torch.nn.MultiheadAttention(32, 2, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(block.attention.qkv.weight)
+        theirs.in_proj_bias.copy_(block.attention.qkv.bias)
+        theirs.out_proj.load_state_dict(block.attention.out.state_dict())
+        x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+        later = ~torch.tril(torch.ones(5, 5, dtype=torch.bool))
+        query = block.attention_norm(x)
+        y = query + theirs(query, x, x, attn_mask=later, need_weights=False)[0]
+        y = block.forward_norm(y)
+        y = y + block.down(torch.relu(block.up(y)))
+        assert apart(y, block(x, None, None)) < 1e-4
+
+
+def test_ages_and_places_count() -> None:
+    encoder = network("sasrec", time_bias="query")
+    items, lengths, near = torch.tensor([[1, 2, 3]]), torch.tensor([3]), torch.zeros(1, 3, 3, dtype=torch.int64)
+    far = near.clone()
+    far[0, 2, 0] = 40
+    with torch.no_grad():
+        assert apart(encoder.query(items, lengths, near), encoder.query(items, lengths, far)) > 1e-3
+    assert encoder.spec().largest_time == LARGEST_BUCKET
+    # One block: with more, each event's state tells what was before it.
+    by_place = network("sasrec", positions="none", position_bias=True, blocks=1)
+    one, other = states(by_place, [1, 2, 3], [2, 1, 3])
+    assert apart(one[2], other[2]) > 1e-3
+    without = network("sasrec", positions="none", blocks=1)
+    one, other = states(without, [1, 2, 3], [2, 1, 3])
+    assert apart(one[2], other[2]) < 1e-5  # nothing tells the order of the earlier ones
+
+
+def test_a_bias_of_nothing_changes_nothing() -> None:
+    plain, told = network("sasrec"), network("sasrec", time_bias="events", position_bias=True)
+    told.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        for name, weight in told.named_parameters():
+            if "bias.times" in name or "bias.places" in name:
+                weight.zero_()
+    assert apart(states(plain, [1, 2, 3, 4]), states(told, [1, 2, 3, 4])) < 1e-5

@@ -26,6 +26,7 @@ from shared.encoder import Encoder, EncoderSpec, Vectors
 from shared.events import HistoryPolicy, IntArray
 from shared.popularity import Popularity
 from shared.retrieval import Mode, Retriever, build_index
+from shared.sequences import BUCKET_WIDTH, LARGEST_BUCKET, Clock
 from shared.times import DAY, of_year, render
 
 MAX_LENGTH: Final = 32
@@ -44,6 +45,7 @@ class World:
     policy: HistoryPolicy = field(default_factory=HistoryPolicy)
     tables: Mapping[str, Vectors] | None = None  # queries by item index, (N + 2, D); cyclic by default
     vectors: Vectors | None = None  # (N, D); unit vectors by default
+    clock: Clock = "none"  # with one, users walk on alone: one item further when their newest event is over an hour old
 
     @property
     def catalogue(self) -> Catalogue:
@@ -69,14 +71,18 @@ def circle(count: int) -> Vectors:
     return table
 
 
-def encoder_bytes(table: Vectors, *, asks_with_mask: bool) -> bytes:
-    """query = table[items[b, lengths[b] - 1]]; one place further left where MASK stands behind the history."""
+def encoder_bytes(table: Vectors, *, asks_with_mask: bool, clock: Clock = "none") -> bytes:
+    """query = table[items[b, lengths[b] - 1]]; one place further left where MASK stands behind the history.
+
+    With a clock, the row of the table is further down by one where the newest event is older than an hour.
+    """
     back = 2 if asks_with_mask else 1
     nodes = [
         helper.make_node("Sub", ["lengths", "back"], ["last"]),  # (B,)
         helper.make_node("Unsqueeze", ["last", "one"], ["place"]),  # (B, 1)
         helper.make_node("GatherElements", ["items", "place"], ["found"], axis=1),  # (B, 1)
-        helper.make_node("Squeeze", ["found", "one"], ["item"]),  # (B,)
+        helper.make_node("Squeeze", ["found", "one"], ["newest"]),  # (B,)
+        *(_AGE if clock != "none" else [helper.make_node("Identity", ["newest"], ["item"])]),
         helper.make_node("Gather", ["table", "item"], ["query"], axis=0),  # (B, D)
     ]
     graph = helper.make_graph(
@@ -85,18 +91,37 @@ def encoder_bytes(table: Vectors, *, asks_with_mask: bool) -> bytes:
         [
             helper.make_tensor_value_info("items", TensorProto.INT64, ["B", "T"]),
             helper.make_tensor_value_info("lengths", TensorProto.INT64, ["B"]),
+            *([helper.make_tensor_value_info("ages", TensorProto.INT32, ["B", "T", "T"])] if clock != "none" else []),
         ],
         [helper.make_tensor_value_info("query", TensorProto.FLOAT, ["B", table.shape[1]])],
         [
             numpy_helper.from_array(np.asarray(table, np.float32), "table"),
             numpy_helper.from_array(np.array(back, np.int64), "back"),
             numpy_helper.from_array(np.array([1], np.int64), "one"),
+            numpy_helper.from_array(np.array([0, -1], np.int64), "rows"),
+            numpy_helper.from_array(np.array(_HOUR, np.int32), "hour"),
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
     return data
+
+
+_HOUR: Final = int(np.log(3600) / BUCKET_WIDTH)
+_AGE: Final = [  # age of the newest event at the question: ages[b, lengths - 1, lengths - back]
+    helper.make_node("Shape", ["items"], ["wide"], start=1, end=2),  # (1,) T
+    helper.make_node("Sub", ["lengths", "one"], ["at"]),  # (B,)
+    helper.make_node("Mul", ["at", "wide"], ["row"]),  # (B,)
+    helper.make_node("Add", ["row", "last"], ["cell"]),  # (B,)
+    helper.make_node("Unsqueeze", ["cell", "one"], ["cells"]),  # (B, 1)
+    helper.make_node("Reshape", ["ages", "rows"], ["flat"]),  # (B, T * T)
+    helper.make_node("GatherElements", ["flat", "cells"], ["ages_found"], axis=1),  # (B, 1)
+    helper.make_node("Squeeze", ["ages_found", "one"], ["age"]),  # (B,)
+    helper.make_node("Greater", ["age", "hour"], ["old"]),  # (B,)
+    helper.make_node("Cast", ["old"], ["step"], to=TensorProto.INT64),  # (B,)
+    helper.make_node("Add", ["newest", "step"], ["item"]),  # (B,)
+]
 
 
 def write_bundle(
@@ -110,7 +135,7 @@ def write_bundle(
         bundles.write_data(staging, catalogue, popularity(world, catalogue))
         for name in world.models:
             table = circle(count) if world.tables is None else world.tables[name]
-            onnx_bytes = encoder_bytes(table, asks_with_mask=name == "bert4rec")
+            onnx_bytes = encoder_bytes(table, asks_with_mask=name == "bert4rec", clock=world.clock)
             bundles.write_model(staging, name, onnx_bytes, vectors, build_index(vectors, m=8, ef_construction=50))
         bundles.write_manifest(staging, manifest(world, version, vectors.shape[1]))
         path = bundles.seal(staging, folder, version)
@@ -128,7 +153,7 @@ def in_memory(world: World, mode: Mode = Mode.AUTO) -> Bundle:
     models = {}
     for name, info in described.models.items():
         table = circle(count) if world.tables is None else world.tables[name]
-        network = encoder_bytes(table, asks_with_mask=name == "bert4rec")
+        network = encoder_bytes(table, asks_with_mask=name == "bert4rec", clock=world.clock)
         index = build_index(vectors, m=8, ef_construction=50)
         index.set_ef(info.index.ef)
         models[name] = Model(name, info, Encoder(network, info.encoder), Retriever(vectors, index, mode))
@@ -169,13 +194,13 @@ def manifest(world: World, version: str, width: int) -> Manifest:
             events_before_declared=0,
         ),
         default_model=world.models[0],
-        models={name: model_info(name, len(world.items), width) for name in world.models},
+        models={name: model_info(name, len(world.items), width, world.clock) for name in world.models},
         baselines={},
         files={},
     )
 
 
-def model_info(name: str, count: int, width: int) -> ModelInfo:
+def model_info(name: str, count: int, width: int, clock: Clock = "none") -> ModelInfo:
     """What the manifest says of one model."""
     return ModelInfo(
         kind="encoder",
@@ -186,6 +211,8 @@ def model_info(name: str, count: int, width: int) -> ModelInfo:
             max_length=MAX_LENGTH,
             asks_with_mask=name == "bert4rec",
             buckets=BUCKETS,
+            clock=clock,
+            largest_time=LARGEST_BUCKET if clock != "none" else 0,
         ),
         fit="all",
         parity=Parity(lengths=(1, 16), max_vector_difference=0.0, max_score_difference=0.0, top10_changes=0),

@@ -19,10 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shared.bundle import MODEL_PATTERN
 from shared.events import HistoryPolicy
+from shared.sequences import Clock
 from trainer.sources import SOURCES, SourceConfig
 
 PRESETS = Path(__file__).parent / "configs"
 AvailabilityPolicy = Literal["first_event", "always"]
+BlockKind = Literal["pre_norm", "original", "gated"]
 Loss = Literal["cross_entropy", "sampled_softmax", "gbce", "bce"]
 LOSS_SETTINGS: Final = {
     "negatives": ("sampled_softmax", "gbce", "bce"),
@@ -54,12 +56,30 @@ class ModelConfig(_Section):
     """The network."""
 
     kind: Literal["sasrec", "bert4rec"] = Field(description="sasrec (causal) or bert4rec (both sides, masked).")
+    block: BlockKind = Field(
+        "pre_norm", description="pre_norm; original: SASRec's own, with ReLU; gated: pre-norm with gates and SwiGLU."
+    )
+    positions: Literal["learned", "none"] = Field("learned", description="Position vectors added to item vectors.")
+    position_bias: bool = Field(
+        default=False, description="Attention is told how many places apart two events are: a learned number each."
+    )
+    time_bias: Clock = Field(
+        "none",
+        description="Attention is told how long before the newest event read (events), or before the event to guess "
+        "(query: as_of in service), each event was.",
+    )
     hidden_units: int = Field(64, ge=4, description="D: width of item vectors and of everything between.")
     blocks: int = Field(2, ge=1, description="Transformer blocks.")
     heads: int = Field(1, ge=1, description="Must divide hidden_units.")
     feedforward: int = Field(1, ge=1, description="Width of the feed-forward layer, in multiples of hidden_units.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Of embeddings, attention and layers.")
     max_length: int = Field(200, ge=2, le=200, description="T: newest events that the model reads.")
+
+    @model_validator(mode="after")
+    def _a_mask_has_a_time(self) -> Self:
+        if self.kind == "bert4rec" and self.time_bias == "events":
+            raise ValueError("time_bias events is for sasrec: a MASK stands at the time of what it hides; take query")
+        return self
 
 
 class TrainingConfig(_Section):
@@ -68,6 +88,10 @@ class TrainingConfig(_Section):
     epochs: int = Field(100, ge=1, description="At most; early stopping may end before.")
     patience: int = Field(10, ge=1, description="Epochs without a better validation NDCG@10 before stopping.")
     batch_size: int = Field(128, ge=1, description="Users a step.")
+    length_window: int = Field(
+        20, ge=1, description="Users are sorted by length in shuffled windows of so many batches; 1: random batches."
+    )
+    gradient_clip: float = Field(5.0, ge=0, description="Largest norm of a step's gradient; 0 for any.")
     lr: float = Field(1e-3, gt=0, description="Learning rate of Adam.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled, as in AdamW.")
     loss: Loss = Field(

@@ -202,6 +202,13 @@ class Cases:
         """Item indices that feed the sequence before each target, oldest first."""
         return self._before(self.dataset.feeds)
 
+    def times(self) -> list[IntArray]:
+        """When the events of `histories` happened, and last when the target did: what an encoder's clock is told."""
+        starts = self.dataset.offsets[self.user]
+        feeds, clock = self.dataset.feeds, self.dataset.timestamp
+        rows = zip(starts, self.row, strict=True)
+        return [np.append(clock[a:b][feeds[a:b]], clock[b]) for a, b in rows]
+
     def seen(self) -> list[IntArray]:
         """Item indices seen before each target."""
         return self._before(self.dataset.seen)
@@ -238,6 +245,7 @@ class Sequences:
     item: IntArray  # (E,)
     starts: IntArray  # (S,)
     stops: IntArray  # (S,)
+    time: IntArray | None = None  # (E,) epoch microseconds; None where the data has none
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -306,8 +314,9 @@ def training_part(dataset: Dataset, stops: IntArray) -> tuple[Sequences, Popular
     ends = np.cumsum(counts)
     some = counts > 0
     item = dataset.item[used]
-    popularity = Popularity.of_events(item, dataset.timestamp[used], len(dataset.catalogue))
-    return Sequences(item, (ends - counts)[some], ends[some]), popularity
+    time = dataset.timestamp[used]
+    popularity = Popularity.of_events(item, time, len(dataset.catalogue))
+    return Sequences(item, (ends - counts)[some], ends[some], time if dataset.has_times else None), popularity
 
 
 # --- batches ------------------------------------------------------------------------------------------

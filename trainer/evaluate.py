@@ -53,10 +53,12 @@ def vector_scores(queries: Vectors, vectors: Vectors) -> Scores:
     return lambda part: queries[part] @ vectors.T
 
 
-def encode_cases(encoder: Encoder, histories: Sequence[IntArray]) -> tuple[IntArray, Vectors]:
+def encode_cases(encoder: Encoder, cases: Cases) -> tuple[IntArray, Vectors]:
     """Query vectors of the cases that have a history: their positions (C',) and vectors (C', D)."""
+    histories = cases.histories()
     asked = np.array([c for c, h in enumerate(histories) if len(h)], np.int64)
-    return asked, encoder.encode([histories[c] for c in asked])
+    times = None if encoder.spec.clock == "none" else cases.times()
+    return asked, encoder.encode([histories[c] for c in asked], None if times is None else [times[c] for c in asked])
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def served_lists(cases: Cases, encoder: Encoder, retriever: Retriever, rule: Ava
     """Lists from ONNX and retrieval, without and with the availability rule."""
     free, ruled = np.zeros((2, len(cases), top), np.int64)
     everything, seen, times = Availability.open(len(cases.dataset.catalogue)), cases.seen(), cases.timestamp
-    asked, queries = encode_cases(encoder, cases.histories())
+    asked, queries = encode_cases(encoder, cases)
     for case, query in zip(asked, queries, strict=True):
         banned = np.unique(seen[case])
         for lists, availability in ((free, everything), (ruled, rule)):

@@ -20,6 +20,7 @@ from shared.bundle import Parity
 from shared.encoder import Encoder as OnnxEncoder
 from shared.encoder import EncoderSpec, Vectors
 from shared.sequences import mask_index, pack
+from shared.times import SECOND
 from trainer.config import RunConfig
 from trainer.transformer import Encoder
 
@@ -51,21 +52,15 @@ class _Query(nn.Module):
         self.encoder = encoder
         self.register_buffer("table", encoder.items().detach().clone())
 
-    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
-        return self.encoder.query(items, lengths, self.table)
+    def forward(self, items: Tensor, lengths: Tensor, ages: Tensor | None = None) -> Tensor:
+        return self.encoder.query(items, lengths, ages, self.table)
 
 
 def export(encoder: Encoder, config: RunConfig) -> Exported:
     """Export and prove. Raises ExportError when ONNX and torch differ."""
     model = to_onnx(encoder)
     vectors = np.ascontiguousarray(encoder.vectors.detach().cpu().numpy(), np.float32)
-    spec = EncoderSpec(
-        architecture=config.model.kind,
-        item_count=encoder.item_count,
-        width=vectors.shape[1],
-        max_length=config.model.max_length,
-        asks_with_mask=not encoder.causal,
-    )
+    spec = encoder.spec()
     return Exported(model, vectors, spec, prove(encoder, OnnxEncoder(model, spec), vectors))
 
 
@@ -73,19 +68,23 @@ def to_onnx(encoder: Encoder) -> bytes:
     """The query network as one ONNX file with its weights inside."""
     # The exporter cannot trace attention whose mask depends on parameters that still want gradients.
     encoder = encoder.cpu().eval().requires_grad_(requires_grad=False)
-    T = min(8, encoder.positions.num_embeddings)
+    T = min(8, encoder.longest)
     # Batch and length of at least 2: an axis of size 1 would be taken for a constant.
-    example = (torch.ones(2, T, dtype=torch.int64), torch.full((2,), T, dtype=torch.int64))
-    batch, time = torch.export.Dim("batch"), torch.export.Dim("time", max=encoder.positions.num_embeddings)
+    example = {"items": torch.ones(2, T, dtype=torch.int64), "lengths": torch.full((2,), T, dtype=torch.int64)}
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time", max=encoder.longest)
+    shapes = {"items": {0: batch, 1: time}, "lengths": {0: batch}}
+    if encoder.clock != "none":
+        example["ages"] = torch.ones(2, T, T, dtype=torch.int32)
+        shapes["ages"] = {0: batch, 1: time, 2: time}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter itself
         program = torch.onnx.export(
             _Query(encoder).eval(),
-            example,
-            input_names=["items", "lengths"],
+            kwargs=example,
+            input_names=list(example),
             output_names=["query"],
-            dynamic_shapes={"items": {0: batch, 1: time}, "lengths": {0: batch}},
+            dynamic_shapes=shapes,
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -99,17 +98,21 @@ def to_onnx(encoder: Encoder) -> bytes:
 
 def prove(encoder: Encoder, exported: OnnxEncoder, vectors: Vectors, seed: int = 0) -> Parity:
     """Compare both on random histories of 1, T-1, T and T+5 events. Raises ExportError beyond `TOLERANCE`."""
-    T, rng = exported.spec.max_length, np.random.default_rng(seed)
+    T, spec, rng = exported.spec.max_length, exported.spec, np.random.default_rng(seed)
     lengths = tuple(sorted({1, max(T - 1, 1), T, T + 5}))
     mask = None if encoder.causal else mask_index(encoder.item_count)
     vector_gap = score_gap = 0.0
     changes = 0
     for length in lengths:
         histories = [rng.integers(1, encoder.item_count + 1, length) for _ in range(PROBES)]
+        # Gaps from seconds to years and far beyond what any data holds.
+        gaps = np.exp(rng.uniform(0, 30, (PROBES, length + 1)))
+        times = list((gaps.cumsum(1) * SECOND).clip(max=2**61).astype(np.int64))  # (L + 1,) each
         items, real = pack(histories, T, mask=mask)
+        ages = None if spec.clock == "none" else torch.from_numpy(spec.ages(times))
         with torch.no_grad():
-            wanted = encoder.query(torch.from_numpy(items), torch.from_numpy(real)).numpy()  # (PROBES, D)
-        found = exported.encode(histories)
+            wanted = encoder.query(torch.from_numpy(items), torch.from_numpy(real), ages).numpy()  # (PROBES, D)
+        found = exported.encode(histories, times)
         vector_gap = _larger(vector_gap, wanted - found)
         for a, b in zip(wanted @ vectors.T, found @ vectors.T, strict=True):  # (N,) each
             score_gap = _larger(score_gap, a - b)

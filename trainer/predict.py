@@ -53,7 +53,8 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
         hidden = items_hidden(rule, as_of)
         unavailable, touched = unavailable + hidden, touched + (hidden > 0)
         if len(history):
-            items, scores, late = _model_list(model, history, scope, everything, k)
+            times = dataset.timestamp[lo:hi][dataset.feeds[lo:hi] & (item > 0)]
+            items, scores, late = _model_list(model, history, np.append(times, as_of), scope, everything, k)
             replaced += late
         else:
             items, scores = _popular_list(bundle, scope, k)
@@ -81,10 +82,10 @@ def _to_bundle(bundle: Bundle, dataset: Dataset) -> IntArray:
 
 
 def _model_list(
-    model: Model, history: IntArray, scope: Scope, everything: Availability, k: int
+    model: Model, history: IntArray, times: IntArray, scope: Scope, everything: Availability, k: int
 ) -> tuple[IntArray, FloatArray, int]:
     """The user's list, and how many items of the list without the rule are not in it by the rule."""
-    (query,) = model.encoder.encode([history])
+    (query,) = model.encoder.encode([history], [times])
     found = model.retriever.retrieve(query, k, scope)
     unruled = model.retriever.retrieve(query, k, Scope(everything, scope.as_of, scope.banned)).items
     late = int(np.count_nonzero(~scope.availability.allowed(unruled, scope.as_of)))

@@ -95,7 +95,7 @@ def write_bundle(
 
 def _recall(model: Model, probes: Cases) -> tuple[float, float] | None:
     sample = probes.sample(RECALL_QUERIES, seed=0)
-    asked, queries = encode_cases(model.encoder, sample.histories())
+    asked, queries = encode_cases(model.encoder, sample)
     if not len(asked):
         return None
     return index_recall(queries, model.retriever, 10), index_recall(queries, model.retriever, 100)

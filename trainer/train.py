@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from shared.events import IntArray
-from shared.sequences import mask_index, pack, pack_slices
+from shared.sequences import LARGEST_BUCKET, pack, pack_slices, time_buckets
 from trainer.config import RunConfig
 from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
@@ -36,8 +36,12 @@ class TrainingError(Exception):
     """A training that cannot go on."""
 
 
-class Batches(IterableDataset[Tensor]):
-    """Packed training rows, (B, T + 1) for SASRec, (B, T) for BERT4Rec; new batches each epoch."""
+Rows = tuple[Tensor, Tensor | None]
+"""Packed training rows, (B, T + 1) for SASRec, (B, T) for BERT4Rec, and for a model with a clock ages (B, T, T)."""
+
+
+class Batches(IterableDataset[Rows]):
+    """The training sequences as packed rows; new batches each epoch."""
 
     def __init__(self, sequences: Sequences, config: RunConfig) -> None:
         self.sequences, self.config, self.epoch = sequences, config, 0
@@ -48,18 +52,37 @@ class Batches(IterableDataset[Tensor]):
         self.lengths = np.minimum(sequences.lengths[self.usable], self.longest)
         if not len(self.usable):
             raise TrainingError("no user has the two events in the training part that a model needs to learn from")
+        self.largest_time = self._largest_time()
 
     def __len__(self) -> int:
         return ceil(len(self.usable) / self.config.training.batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        rng = np.random.default_rng((self.config.training.seed, self.epoch))
-        for positions in batches(self.lengths, self.config.training.batch_size, rng):
+    def __iter__(self) -> Iterator[Rows]:
+        settings = self.config.training
+        rng = np.random.default_rng((settings.seed, self.epoch))
+        for positions in batches(self.lengths, settings.batch_size, rng, settings.length_window):
             rows = self.usable[positions]
-            items, _ = pack_slices(
-                self.sequences.item, self.sequences.starts[rows], self.sequences.stops[rows], self.longest
-            )
-            yield torch.from_numpy(items)
+            yield torch.from_numpy(self._pack(self.sequences.item, rows)), self._ages(rows)
+
+    def _pack(self, values: IntArray, rows: IntArray) -> IntArray:
+        return pack_slices(values, self.sequences.starts[rows], self.sequences.stops[rows], self.longest)[0]
+
+    def _ages(self, rows: IntArray) -> Tensor | None:
+        clock, masked = self.config.model.time_bias, self.config.model.kind == "bert4rec"
+        if clock == "none" or self.sequences.time is None:
+            return None
+        times = self._pack(self.sequences.time, rows)  # (B, T + 1), or (B, T) with masks
+        return torch.from_numpy(time_buckets(times, clock, self.largest_time, masked=masked))
+
+    def _largest_time(self) -> int:
+        """The largest bucket of time in any row: what lies beyond was never learnt, and counts as this."""
+        if self.config.model.time_bias == "none":
+            return 0
+        if self.sequences.time is None:
+            raise TrainingError("model.time_bias needs times, and the data has none; set model.time_bias=none")
+        stops = self.sequences.stops[self.usable]
+        ends = np.stack((self.sequences.time[stops - self.lengths], self.sequences.time[stops - 1]), axis=1)  # (S, 2)
+        return int(time_buckets(ends, "query", LARGEST_BUCKET, masked=True).max())
 
     def tokens_per_batch(self) -> float:
         """Mean number of positions to guess in a batch, before masking."""
@@ -99,15 +122,16 @@ class SequenceModel(pl.LightningModule):
         self.masks.manual_seed(seed)
         torch.manual_seed(seed)
 
-    def training_step(self, rows: Tensor, _batch_index: int) -> Tensor:
+    def training_step(self, batch: Rows, _batch_index: int) -> Tensor:
         """The loss of packed rows (B, T).
 
         Divided by the mean number of guesses a batch, not by this batch's: with batches by length, a batch
         of short users would otherwise weigh as much as one of long users.
         """
+        rows, ages = batch
         inputs, targets = self._pose(rows)
         table = self.encoder.items()  # (N + 2, D), once for inputs and scores
-        hidden, vectors = self.encoder(inputs, table), self.encoder.vectors_of(table)
+        hidden, vectors = self.encoder(inputs, ages, table), self.encoder.vectors_of(table)
         total = loss_of(hidden, targets, vectors, self.config.training, self.share)
         loss = total / self.tokens_per_batch
         if not torch.isfinite(loss):
@@ -138,27 +162,30 @@ class SequenceModel(pl.LightningModule):
 
 
 @torch.no_grad()
-def encode_torch(encoder: Encoder, config: RunConfig, histories: list[IntArray]) -> tuple[IntArray, Tensor]:
-    """Query vectors of the histories that are not empty: their positions (C',) and vectors (C', D)."""
+def encode_torch(encoder: Encoder, config: RunConfig, cases: Cases) -> tuple[IntArray, Tensor]:
+    """Query vectors of the cases that have a history: their positions (C',) and vectors (C', D)."""
+    histories = cases.histories()
+    times = [] if encoder.clock == "none" else cases.times()
     was_training = encoder.training
     encoder.eval()
     table = encoder.items()
     asked = np.array([c for c, h in enumerate(histories) if len(h)], np.int64)
     asked = asked[np.argsort([len(histories[c]) for c in asked], kind="stable")]
-    mask = None if encoder.causal else mask_index(encoder.item_count)
+    spec = encoder.spec()
     parts = []
     for start in range(0, len(asked), EVALUATION_BATCH):
-        chunk = [histories[c] for c in asked[start : start + EVALUATION_BATCH]]
-        items, lengths = pack(chunk, config.model.max_length, mask=mask)
+        chunk = asked[start : start + EVALUATION_BATCH]
+        items, lengths = pack([histories[c] for c in chunk], spec.max_length, mask=spec.mask)
         rows, ends = (torch.from_numpy(part).to(table.device) for part in (items, lengths))
-        parts.append(encoder.query(rows, ends, table).cpu())
+        ages = torch.from_numpy(spec.ages([times[c] for c in chunk])).to(table.device) if times else None
+        parts.append(encoder.query(rows, ends, ages, table).cpu())
     encoder.train(was_training)
     return asked, torch.cat(parts) if parts else torch.zeros(0, config.model.hidden_units)
 
 
 def torch_ranks(encoder: Encoder, config: RunConfig, cases: Cases) -> tuple[IntArray, Cases]:
     """Full ranks by the network itself, and the cases they belong to: those that have a history."""
-    asked, queries = encode_torch(encoder, config, cases.histories())
+    asked, queries = encode_torch(encoder, config, cases)
     part = Cases(cases.dataset, cases.user[asked], cases.row[asked])
     vectors = encoder.vectors.detach().cpu().numpy()
     return full_ranks(part, vector_scores(queries.numpy(), vectors)), part
@@ -199,6 +226,7 @@ def fit(
     torch.set_num_threads(config.training.threads)
     data = Batches(sequences, config)
     model = SequenceModel(config, item_count, data.tokens_per_batch(), data.share(item_count), validation)
+    model.encoder.largest_time.fill_(data.largest_time)
     # Lightning's own `save_last` writes only when the best epoch changes; the newest state is to be kept each epoch.
     newest = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     best = _best_checkpoint(config, folder)
@@ -219,7 +247,7 @@ def fit(
         log_every_n_steps=10,
         check_val_every_n_epoch=config.training.validate_every,
         enable_model_summary=False,
-        gradient_clip_val=5.0,
+        gradient_clip_val=config.training.gradient_clip or None,
     )
     last = folder / "last.ckpt"
     checkpoint = str(last) if resume and last.is_file() else None

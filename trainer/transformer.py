@@ -1,8 +1,9 @@
-"""The network: one pre-norm transformer encoder over item sequences, with a causal switch.
+"""The network: one transformer encoder over item sequences, with a causal switch.
 
 SASRec (Kang & McAuley 2018) is the causal one, asked at the last item. BERT4Rec (Sun et al. 2019) sees
 both sides and is asked at a MASK put behind the history. Everything else is the same: tied item
-embeddings, forward learned positions, LayerNorm before each part (Xiong et al. 2020) and once at the end.
+embeddings, forward positions, LayerNorm in each block and once at the end. How long ago events happened
+may be told to attention: as a number added to its scores, for each bucket of time.
 
 Shapes: B batch, T time, D width, H heads, N items.
 """
@@ -16,49 +17,131 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.sequences import PAD
-from trainer.config import ModelConfig
+from shared.encoder import EncoderSpec
+from shared.sequences import LARGEST_BUCKET, PAD
+from trainer.config import BlockKind, ModelConfig
 from trainer.items import ItemTable
 
 INIT_STD: Final = 0.02
+HIDDEN: Final = -1e9  # added to a score that must not count; not -inf, which makes nan of a row of them
 
 
-class Block(nn.Module):
-    """Self-attention and a feed-forward layer, each normalised before and added after."""
+class Attention(nn.Module):
+    """Multi-head attention, (B, T, D) to (B, T, D); dropout falls on its weights, not on what comes out."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__()
+        D = config.hidden_units
+        self.causal, self.heads, self.dropout = causal, config.heads, config.dropout
+        self.qkv = nn.Linear(D, 3 * D)
+        self.out = nn.Linear(D, D)
+        self.bias = RelativeBias(config) if config.position_bias or config.time_bias != "none" else None
+
+    def forward(self, asking: Tensor, seen: Tensor, hidden: Tensor | None, ages: Tensor | None) -> Tensor:
+        """What `asking` finds in `seen`; the rest as `Encoder.forward` makes it."""
+        B, T, D = seen.shape
+        if asking is seen:
+            q, k, v = self.qkv(seen).chunk(3, dim=-1)  # (B, T, D) each
+        else:
+            q = F.linear(asking, self.qkv.weight[:D], self.qkv.bias[:D])  # (B, T, D)
+            k, v = F.linear(seen, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)  # (B, T, D) each
+        q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D/H) each
+        if self.bias is not None:
+            hidden = self.bias(T, ages) + hidden  # (B or 1, H, T, T)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, hidden, dropout_p=dropout, is_causal=self.causal and hidden is None)
+        found: Tensor = self.out(y.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+        return found
+
+
+class RelativeBias(nn.Module):
+    """What is added to attention scores: a learned number for each distance in places and in time, a head.
+
+    As in HSTU (Zhai et al. 2024, "Actions speak louder than words", section 3.2), here on softmax attention.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.longest, heads = config.max_length, config.heads
+        self.places = nn.Parameter(torch.zeros(heads, 2 * self.longest - 1)) if config.position_bias else None
+        self.times = nn.Parameter(torch.zeros(heads, LARGEST_BUCKET + 1)) if config.time_bias != "none" else None
+
+    def forward(self, T: int, ages: Tensor | None) -> Tensor:
+        """(B or 1, H, T, T) for ages (B, T, T), which are needed where time counts."""
+        parts = []
+        if self.places is not None:
+            at = torch.arange(T, device=self.places.device)
+            parts.append(self.places[:, at[:, None] - at + self.longest - 1].unsqueeze(0))  # (1, H, T, T)
+        if self.times is not None:
+            assert ages is not None  # noqa: S101
+            # Not nn.Embedding: its gradient takes ten times as long for a small table that is read so often.
+            parts.append(self.times[:, ages].transpose(0, 1))  # (B, H, T, T)
+        return sum(parts[1:], parts[0])
+
+
+class PreNormBlock(nn.Module):
+    """Attention and a feed-forward layer, each normalised before and added after (Xiong et al. 2020)."""
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
         D, inner = config.hidden_units, config.hidden_units * config.feedforward
-        self.causal, self.heads, self.dropout = causal, config.heads, config.dropout
-        self.attention_norm = nn.LayerNorm(D, eps=1e-8)
-        self.qkv = nn.Linear(D, 3 * D)
-        self.out = nn.Linear(D, D)
-        self.forward_norm = nn.LayerNorm(D, eps=1e-8)
-        self.up = nn.Linear(D, inner)
-        self.down = nn.Linear(inner, D)
+        self.dropout = config.dropout
+        self.attention_norm, self.forward_norm = nn.LayerNorm(D, eps=1e-8), nn.LayerNorm(D, eps=1e-8)
+        self.attention = Attention(config, causal)
+        self.up, self.down = nn.Linear(D, inner), nn.Linear(inner, D)
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """x (B, T, D); keys (B, 1, 1, T), False where attention must not look, or None when causal."""
-        x = x + self.attend(self.attention_norm(x), keys)
-        hidden = self.drop(F.gelu(self.up(self.forward_norm(x))))  # (B, T, D * feedforward)
-        return x + self.drop(self.down(hidden))
-
-    def attend(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """Multi-head attention, (B, T, D) to (B, T, D)."""
-        B, T, D = x.shape
-        q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))  # (B, H, T, D/H)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout, is_causal=self.causal)
-        y = y.transpose(1, 2).reshape(B, T, D)  # (B, T, D)
-        return self.drop(self.out(y))
+    def forward(self, x: Tensor, hidden: Tensor | None, ages: Tensor | None) -> Tensor:
+        """x (B, T, D)."""
+        y = self.attention_norm(x)
+        x = x + self.drop(self.attention(y, y, hidden, ages))
+        inner = self.drop(F.gelu(self.up(self.forward_norm(x))))  # (B, T, D * feedforward)
+        return x + self.drop(self.down(inner))
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout with the block's probability."""
         return F.dropout(x, self.dropout, self.training)
 
 
+class OriginalBlock(PreNormBlock):
+    """SASRec's own (Kang & McAuley 2018, and their code): only the query is normalised, what is added is added to the
+    normalised, and the feed-forward layer has ReLU.
+    """
+
+    def forward(self, x: Tensor, hidden: Tensor | None, ages: Tensor | None) -> Tensor:
+        """x (B, T, D)."""
+        query = self.attention_norm(x)
+        x = self.forward_norm(query + self.attention(query, x, hidden, ages))
+        inner = F.relu(self.drop(self.up(x)))  # (B, T, D * feedforward)
+        return x + self.drop(self.down(inner))
+
+
+class GatedBlock(PreNormBlock):
+    """Pre-norm with a gate on all that is added, and SwiGLU as feed-forward layer (LiGR, Borisyuk et al. 2025)."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__(config, causal)
+        D, inner = config.hidden_units, config.hidden_units * config.feedforward
+        self.swish = nn.Linear(D, inner)
+        self.attention_gate, self.forward_gate = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, hidden: Tensor | None, ages: Tensor | None) -> Tensor:
+        """x (B, T, D)."""
+        y = self.attention_norm(x)
+        x = x + self.drop(self.attention(y, y, hidden, ages)) * torch.sigmoid(self.attention_gate(x))
+        y = self.forward_norm(x)
+        inner = self.drop(F.silu(self.swish(y)) * self.up(y))  # (B, T, D * feedforward)
+        return x + self.drop(self.down(inner)) * torch.sigmoid(self.forward_gate(x))
+
+
+BLOCKS: Final[dict[BlockKind, type[PreNormBlock]]] = {
+    "pre_norm": PreNormBlock, "original": OriginalBlock, "gated": GatedBlock
+}  # fmt: skip
+
+
 class Encoder(nn.Module):
     """Item indices (B, T) to hidden states (B, T, D); `query` picks the state that answers "what next?"."""
+
+    largest_time: Tensor  # () largest bucket of time that training saw
 
     def __init__(self, config: ModelConfig, item_count: int) -> None:
         super().__init__()
@@ -66,8 +149,11 @@ class Encoder(nn.Module):
         self.causal = config.kind == "sasrec"
         D = config.hidden_units
         self.items = ItemTable(item_count, D)
-        self.positions = nn.Embedding(config.max_length, D)
-        self.blocks = nn.ModuleList(Block(config, self.causal) for _ in range(config.blocks))
+        self.longest = config.max_length
+        self.positions = nn.Embedding(config.max_length, D) if config.positions == "learned" else None
+        self.clock, self.biased = config.time_bias, config.position_bias or config.time_bias != "none"
+        self.register_buffer("largest_time", torch.tensor(LARGEST_BUCKET if self.clock != "none" else 0))
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config, self.causal) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(D, eps=1e-8)
         self.apply(self._initialise)
         with torch.no_grad():
@@ -80,28 +166,53 @@ class Encoder(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, items: Tensor, table: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) of right-padded item indices (B, T).
+    def forward(self, items: Tensor, ages: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) of right-padded item indices (B, T); with a clock, ages (B, T, T) are needed.
 
         `table` (N + 2, D) is what `self.items()` gave: who needs it more than once makes it once.
         """
         _, T = items.shape
         table = self.items() if table is None else table
         x = F.embedding(items, table, padding_idx=PAD) * math.sqrt(table.shape[1])  # (B, T, D)
-        x = x + self.positions(torch.arange(T, device=items.device))  # (B, T, D)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(T, device=items.device))  # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
-        # Behind a causal mask right padding is never looked at by real positions; both-sided attention must be told.
-        keys = None if self.causal else (items != PAD)[:, None, None, :]  # (B, 1, 1, T)
+        hidden, ages = self.hidden(items), None if ages is None else ages.long()
         for block in self.blocks:
-            x = block(x, keys)
+            x = block(x, hidden, ages)
         states: Tensor = self.norm(x)
         return states
 
-    def query(self, items: Tensor, lengths: Tensor, table: Tensor | None = None) -> Tensor:
+    def hidden(self, items: Tensor) -> Tensor | None:
+        """What attention must not look at: False, or `HIDDEN` where a bias is added; None for plain causal attention.
+
+        Behind a causal mask right padding is never looked at by real positions; both-sided attention must be told.
+        """
+        if not self.causal:
+            real = (items != PAD)[:, None, None, :]  # (B, 1, 1, T)
+            return torch.where(real, 0.0, HIDDEN) if self.biased else real
+        if not self.biased:
+            return None
+        at = torch.arange(items.shape[1], device=items.device)
+        return torch.where(at[:, None] >= at, 0.0, HIDDEN)  # (T, T)
+
+    def query(self, items: Tensor, lengths: Tensor, ages: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         """Query vectors (B, D): the state at the last real position of each row, MASK counting as real."""
-        hidden: Tensor = self(items, table)  # (B, T, D)
+        hidden: Tensor = self(items, ages, table)  # (B, T, D)
         at = (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])  # (B, 1, D)
         return hidden.gather(1, at).squeeze(1)  # (B, D)
+
+    def spec(self) -> EncoderSpec:
+        """What must be known to feed it."""
+        return EncoderSpec(
+            architecture="sasrec" if self.causal else "bert4rec",
+            item_count=self.item_count,
+            width=self.norm.normalized_shape[0],
+            max_length=self.longest,
+            asks_with_mask=not self.causal,
+            clock=self.clock,
+            largest_time=int(self.largest_time),
+        )
 
     @property
     def vectors(self) -> Tensor:

@@ -34,11 +34,14 @@ QUESTIONS: list[dict[str, Any]] = [
     {"history": ["9"], "n": 3, "as_of": AS_OF, "exclude_seen": False, "exclude": ["10"]},
     {"history": ["5"], "candidates": ["1", "7", "14"], "as_of": AS_OF},
     {"history": [], "n": 20, "as_of": AS_OF},
+    {"history": [{"item_id": "3", "timestamp": "2000-02-29T23:59:00Z"}], "n": 3, "as_of": AS_OF},
+    {"history": [{"item_id": "3", "timestamp": "2000-02-29T20:00:00Z"}], "n": 3, "as_of": AS_OF},
+    {"history": [{"item_id": "3", "timestamp": "2000-02-29T20:00:00Z"}], "n": 3, "as_of": "last_event"},
 ]
 
 
 def world() -> World:
-    """A cyclic world of 14 items with each kind of availability in it."""
+    """A cyclic world of 14 items with each kind of availability in it, and models that read times."""
     plain = cyclic(14)
     special = {
         "4": Item("4", "Gone in February", ("parity:even",), BORN + 4 * DAY, BORN + 40 * DAY),
@@ -47,7 +50,7 @@ def world() -> World:
         "14": Item("14", "Not yet – 2001", ("parity:even",), BORN + 366 * DAY),
     }
     items = tuple(special.get(item.item_id, item) for item in plain.items)
-    return World(items, plain.views)
+    return World(items, plain.views, clock="query")
 
 
 async def answers(bundles: Path, folder: Path) -> list[dict[str, Any]]:
