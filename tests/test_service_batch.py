@@ -107,11 +107,11 @@ class Slow:
         self.calls: list[int] = []
         self.go_on, self.home = threading.Event(), threading.get_ident()
 
-    def encode(self, histories: list[IntArray]) -> Any:
+    def encode(self, histories: list[IntArray], times: list[IntArray]) -> Any:
         self.calls.append(len(histories))
         if threading.get_ident() != self.home:
             assert self.go_on.wait(10)
-        return self.encoder.encode(histories)
+        return self.encoder.encode(histories, times)
 
 
 async def test_single_requests_and_a_new_bundle_go_ahead_meanwhile(tmp_path: Path, redis_server: RedisServer) -> None:
