@@ -13,6 +13,7 @@ from trainer.config import TrainingConfig
 
 IGNORE = PAD  # a target that is no target
 LOGITS: Final = 1 << 24  # numbers in a chunk of logits
+LOGITS_ON_CPU: Final = 1 << 19
 
 
 def shift(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,30 +79,40 @@ def loss_of(hidden: Tensor, targets: Tensor, vectors: Tensor, settings: Training
 def full_cross_entropy(hidden: Tensor, targets: Tensor, vectors: Tensor, chunk: int | None = None) -> Tensor:
     """Summed cross-entropy over all N items, PAD and MASK not among them.
 
-    `chunk` positions at a time (so many that their logits take 64 MB): logits of a chunk turn into gradients at once
-    and are forgotten, so memory grows with P * D + N * D and never with P * N.
+    `chunk` positions at a time: logits of a chunk turn into gradients at once and are forgotten, so memory grows with
+    P * D + N * D and never with P * N. By default so many that a CPU's cache holds their logits (2 MB), which on one
+    core is 2.5 times as fast as 64 MB of them; other devices get the 64 MB.
     """
-    size = max(1, LOGITS // len(vectors)) if chunk is None else chunk
+    room = LOGITS_ON_CPU if hidden.device.type == "cpu" else LOGITS
+    size = max(1, room // len(vectors), min(64, LOGITS // len(vectors))) if chunk is None else chunk
     found: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, vectors, size)  # type: ignore[no-untyped-call]
     return found
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient of the sum is known as soon as the logits are: softmax less one at the target."""
+    """The gradient of the sum is known as soon as the logits are: softmax less one at the target.
+
+    The softmax is never made: its numerators are multiplied, and the results divided, which are narrower.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, vectors: Tensor, chunk: int) -> Tensor:
-        total, to_hidden, to_vectors = hidden.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(vectors)
+        right = vectors[targets - 1]  # (P, D)
+        total, to_hidden, to_vectors = -(hidden * right).sum(), torch.empty_like(hidden), torch.zeros_like(vectors)
         learns = any(ctx.needs_input_grad)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ vectors.T  # (c, D) @ (D, N) -> (c, N)
-            total += F.cross_entropy(logits, targets[part] - 1, reduction="sum")
+            top = logits.amax(1, keepdim=True)  # (c, 1)
+            powers = logits.sub_(top).exp_()  # (c, N)
+            whole = powers.sum(1, keepdim=True)  # (c, 1)
+            total += (whole.log() + top).sum()
             if learns:
-                share = torch.softmax(logits, dim=1, out=logits)  # (c, N), in place of the logits
-                share[torch.arange(len(share), device=share.device), targets[part] - 1] -= 1
-                torch.mm(share, vectors, out=to_hidden[part])  # (c, D)
-                to_vectors.addmm_(share.T, hidden[part])  # (N, D)
+                torch.mm(powers, vectors, out=to_hidden[part]).div_(whole)  # (c, D)
+                to_vectors.addmm_(powers.T, hidden[part] / whole)  # (N, D)
+        if learns:
+            to_hidden -= right
+            to_vectors.index_add_(0, targets - 1, hidden, alpha=-1)
         ctx.save_for_backward(to_hidden, to_vectors)
         return total
 
