@@ -9,6 +9,7 @@
         models/sasrec/encoder.onnx    packed histories -> query vectors
         models/sasrec/vectors.npy     (N, D) float32, row r = item index r + 1
         models/sasrec/index.hnsw      the same vectors, label = row
+      models/sasrec/weights.npz     what was trained, by name, for the trainer's warm start
 
 A bundle is written aside and renamed into place, so a reader never sees half of one; the reader checks
 every file against the manifest before it uses any. Formats are plain: nothing in a bundle can run code.
@@ -45,6 +46,7 @@ READABLE_VERSIONS: Final = (1, 2)
 VERSION_PATTERN: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 CURRENT: Final = "CURRENT"
 MANIFEST: Final = "manifest.json"
+WEIGHTS: Final = "weights.npz"
 MODEL_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 
 
@@ -346,13 +348,22 @@ def _read_items(file: Path) -> Iterator[Item]:
             )
 
 
-def write_model(folder: Path, name: str, onnx: bytes, vectors: Vectors, index: hnswlib.Index) -> None:
-    """The three files of one model; `index` holds the rows of `vectors` under their numbers."""
+def write_model(
+    folder: Path,
+    name: str,
+    onnx: bytes,
+    vectors: Vectors,
+    index: hnswlib.Index,
+    weights: Mapping[str, Vectors] | None = None,
+) -> None:
+    """The files of one model; `index` holds the rows of `vectors` under their numbers, `weights` are by name."""
     target = folder / "models" / name
     target.mkdir(parents=True)
     (target / "encoder.onnx").write_bytes(onnx)
     np.save(target / "vectors.npy", np.ascontiguousarray(vectors, np.float32))
     index.save_index(str(target / "index.hnsw"))
+    if weights is not None:
+        np.savez(target / WEIGHTS, **weights)  # type: ignore[arg-type]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.config import TrainingConfig
 from trainer.objectives import (
     binary,
+    dice,
     draw,
     full_cross_entropy,
     loss_of,
@@ -41,7 +42,7 @@ def rectangle(histories: list[list[int]]) -> Tensor:
 
 
 def masked(rows: Tensor, probability: float = 0.2, last: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return mask_items(rows, probability, last, N, generator(seed))
+    return mask_items(rows, torch.arange(len(rows)), probability, last, N, (0, seed))
 
 
 def test_shift_asks_for_the_next_item() -> None:
@@ -107,6 +108,29 @@ def test_the_same_seed_hides_the_same() -> None:
     first, second, third = (masked(rows, seed=s)[0] for s in (5, 5, 6))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
+
+
+def test_what_a_user_hides_depends_on_nobody_else() -> None:
+    rows = torch.randint(1, N + 1, (20, 10), generator=generator(1))
+    users = torch.arange(100, 120)
+    inputs, targets = mask_items(rows, users, 0.3, 0.2, N, (3, 7))
+    order = torch.randperm(20, generator=generator(2))[:8]
+    some = mask_items(rows[order], users[order], 0.3, 0.2, N, (3, 7))
+    assert torch.equal(some[0], inputs[order])
+    assert torch.equal(some[1], targets[order])
+    for seed in ((3, 8), (4, 7)):  # another epoch, another seed
+        assert not torch.equal(mask_items(rows, users, 0.3, 0.2, N, seed)[1], targets)
+    assert not torch.equal(mask_items(rows, users + 1, 0.3, 0.2, N, (3, 7))[1], targets)
+
+
+def test_dice_are_uniform_and_independent() -> None:
+    thrown = dice(torch.arange(2_000), 50, (0, 0))
+    assert float(thrown.min()) >= 0
+    assert float(thrown.max()) < 1
+    shares = torch.histc(thrown, 10, 0, 1) / thrown.numel()
+    assert float((shares - 0.1).abs().max()) < 0.005
+    for other in (thrown.roll(1, 0), thrown.roll(1, 1), dice(torch.arange(2_000), 50, (0, 1))):
+        assert abs(float(torch.corrcoef(torch.stack((thrown.flatten(), other.flatten())))[0, 1])) < 0.02
 
 
 def naive(hidden: Tensor, targets: Tensor, vectors: Tensor) -> float:

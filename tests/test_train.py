@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.trained import ITEMS, KINDS, Kind, config, cyclic_events, dataset
 from trainer import train as module
 from trainer.config import RunConfig
+from trainer.config import settings as every_setting
+from trainer.curves import read_epochs
 from trainer.dataset import Sequences, Split, leave_one_out
-from trainer.train import Batches, Fitted, SequenceModel, TrainingError, fit, load_encoder
+from trainer.train import Batches, Fitted, SequenceModel, TrainingError, fit, load_encoder, lr_share
 from trainer.transformer import Encoder
 
 SPLIT = leave_one_out(dataset(cyclic_events(users=60)))
 Scores = Callable[..., dict[str, float]]
+LOG = SequenceModel.log
 
 
 def train(settings: RunConfig, folder: Path, *, validated: bool = True, split: Split = SPLIT, **options: Any) -> Fitted:
@@ -106,10 +115,102 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(tmp_path: Path, m
     assert weights(found.encoder) == weights(alone.encoder)
 
 
-def test_without_validation_the_last_epoch_counts(tmp_path: Path) -> None:
-    found = train(config(), tmp_path, validated=False, epochs=3)
-    assert (found.epochs, found.best, found.checkpoint.name) == (3, None, "last.ckpt")
+def test_without_validation_the_epoch_with_the_lowest_loss_counts(tmp_path: Path) -> None:
+    """On all events: exactly so many epochs, whatever the settings say of them, and no validation."""
+    found = train(config(training={"epochs": 3}), tmp_path, validated=False, epochs=2)
+    assert (found.epochs, found.best) == (2, None)
+    assert found.checkpoint.name.startswith("sasrec-epoch=1-train_loss=")
     assert weights(load_encoder(found.checkpoint)[0]) == weights(found.encoder)
+    rows = read_epochs(tmp_path / "epochs.csv")
+    assert len(rows) == 2
+    assert found.checkpoint.name == f"sasrec-epoch=1-train_loss={rows[1]['train_loss']:.4f}.ckpt"
+
+
+def test_a_worse_last_epoch_does_not_count_on_all_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SequenceModel,
+        "log",
+        lambda model, name, value, **options: LOG(model, name, value * 10**model.current_epoch, **options),
+    )
+    found = train(config(), tmp_path, validated=False, epochs=3)
+    assert found.epochs == 1
+    assert found.checkpoint.name.startswith("sasrec-epoch=0-train_loss=")
+
+
+def test_sigterm_leaves_a_training_that_goes_on(tmp_path: Path) -> None:
+    """In a process of its own: it is killed in its second epoch, and the first one is kept."""
+    program = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from tests.test_train import SPLIT, train
+        from tests.trained import config
+        from trainer.train import SequenceModel, TrainingError
+        step = SequenceModel.training_step
+        def slow(model, *batch):
+            if model.current_epoch == 1:
+                Path(sys.argv[1], "there").touch()
+                time.sleep(0.5)
+            return step(model, *batch)
+        SequenceModel.training_step = slow
+        try:
+            train(config(training={"epochs": 3, "batch_size": 4}), Path(sys.argv[1]))
+        except TrainingError as error:
+            print(error)
+            sys.exit(7)
+    """)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "there").exists():
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.terminate()
+    said, _ = child.communicate(timeout=60)
+    assert (child.returncode, "interrupted; go on with --resume" in said) == (7, True), said
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+    settings = config(training={"epochs": 3, "batch_size": 4})
+    resumed, whole = train(settings, tmp_path, resume=True), train(settings, tmp_path / "whole")
+    assert weights(resumed.encoder) == weights(whole.encoder)
+
+
+def test_tensorboard_has_every_setting_and_what_came_of_it(tmp_path: Path) -> None:
+    settings = config(training={"epochs": 2, "warmup": 3})
+    found = train(settings, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    found_there = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert found_there["model.kind"].string_value == "sasrec"
+    assert found_there["training.warmup"].number_value == 3
+    assert {name for name, *_ in every_setting()} - {"data.source"} <= set(found_there)
+    assert "data.source.columns.user" in found_there
+    best = events.Scalars("best_val_ndcg@10")[-1].value
+    assert best == pytest.approx(found.best)
+    assert "train_loss" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(
+    ("step", "share"),
+    [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (9, (1 + math.cos(math.pi * 5 / 10)) / 2), (14, 0.0), (20, 0.0)],
+)
+def test_the_learning_rate_rises_and_falls(step: int, share: float) -> None:
+    settings = config(training={"warmup": 4, "schedule": "cosine"}).training
+    assert lr_share(step, 14, settings) == pytest.approx(share)
+    flat = config(training={"warmup": 4}).training
+    assert lr_share(step, 14, flat) == min(1.0, (step + 1) / 4)
+
+
+def test_the_schedule_reaches_the_optimiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(
+        SequenceModel,
+        "on_before_optimizer_step",
+        lambda _, optimizer: seen.append(optimizer.param_groups[0]["lr"]),
+        raising=False,
+    )
+    settings = config(training={"epochs": 2, "batch_size": 20, "warmup": 2, "schedule": "cosine", "lr": 0.01})
+    train(settings, tmp_path)
+    assert len(seen) == 6  # 60 users, 20 a step, two epochs
+    assert seen == pytest.approx([0.01 * lr_share(step, 6, settings.training) for step in range(6)])
 
 
 def test_a_validation_that_never_comes_leaves_the_last_epoch(tmp_path: Path) -> None:

@@ -31,11 +31,12 @@ from trainer.publish import Fit, PublishRefusedError, index_of, self_recall
 from trainer.seed import seed_log
 from trainer.sources import SOURCES, RawData, SourceError, describe
 from trainer.splits import split_of
-from trainer.train import TrainingError
+from trainer.train import Share, TrainingError
+from trainer.warm import WarmStartError
 
 KNOWN_ERRORS = (
     BundleError, CatalogueError, CompareError, ConfigError, DatasetError, ExportError, PublishRefusedError, SchemaError,
-    SourceError, TrainingError,
+    SourceError, TrainingError, WarmStartError,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -143,7 +144,9 @@ def train(
     configs = configs_of(presets)
     dataset = dataset_of(configs[0])
     for config in configs:
-        fitted = pipeline.train(config, dataset, fit, runs, epochs=epochs, resume=resume)
+        fitted = pipeline.train(config, dataset, fit, runs, epochs=epochs, resume=resume, say=say)
+        if Share.mine().rank:
+            continue
         best = "" if fitted.best is None else f", validation NDCG@10 {fitted.best:.4f}"
         say(f"{config.name}: {fitted.epochs} epochs{best}; {fitted.checkpoint}")
 

@@ -93,6 +93,13 @@ class TrainingConfig(_Section):
     )
     gradient_clip: float = Field(5.0, ge=0, description="Largest norm of a step's gradient; 0 for any.")
     lr: float = Field(1e-3, gt=0, description="Learning rate of Adam.")
+    warmup: int = Field(0, ge=0, description="Steps in which the learning rate rises to lr.")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="After that: lr to the end, or down to nothing along a cosine until `epochs` are over."
+    )
+    init_from: str | None = Field(
+        None, description="Bundle, or folder of bundles, whose model of this name gives the first weights."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled, as in AdamW.")
     loss: Loss = Field(
         "cross_entropy",

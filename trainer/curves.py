@@ -28,6 +28,8 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Every scalar that was logged in this epoch, validation included."""
+        if not trainer.is_global_zero:
+            return
         epoch = trainer.current_epoch + 1
         earlier = [row for row in read_epochs(self.file) if row["epoch"] < epoch]
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +29,9 @@ TOLERANCE: Final = 1e-4
 PROBES: Final = 8  # random histories for each length
 
 
+Weights = Mapping[str, NDArray[np.float32]]
+
+
 class ExportError(Exception):
     """The exported network does not say what the trained one says; it must not be published."""
 
@@ -40,6 +44,7 @@ class Exported:
     vectors: Vectors  # (N, D)
     spec: EncoderSpec
     parity: Parity
+    weights: Weights  # by name, for a later warm start
 
 
 class _Query(nn.Module):
@@ -61,7 +66,12 @@ def export(encoder: Encoder, config: RunConfig) -> Exported:
     model = to_onnx(encoder)
     vectors = np.ascontiguousarray(encoder.vectors.detach().cpu().numpy(), np.float32)
     spec = encoder.spec()
-    return Exported(model, vectors, spec, prove(encoder, OnnxEncoder(model, spec), vectors))
+    return Exported(model, vectors, spec, prove(encoder, OnnxEncoder(model, spec), vectors), weights_of(encoder))
+
+
+def weights_of(encoder: Encoder) -> Weights:
+    """Every trained number, by the name it has in the network."""
+    return {name: weight.detach().cpu().numpy().copy() for name, weight in encoder.named_parameters()}
 
 
 def to_onnx(encoder: Encoder) -> bytes:

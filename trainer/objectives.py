@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +28,7 @@ def shift(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_items(
-    rows: Tensor, probability: float, last_probability: float, item_count: int, generator: torch.Generator
+    rows: Tensor, users: Tensor, probability: float, last_probability: float, item_count: int, seed: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """BERT4Rec: guess hidden items from both sides.
 
@@ -35,21 +36,37 @@ def mask_items(
 
     Of the chosen positions 80 % become MASK, 10 % a random item, 10 % stay (Devlin et al. 2019). With
     `last_probability` a row hides its last item and no other: what service asks. Every row hides one at least.
+    What a user hides depends on `seed` (seed and epoch) and on `users` (B,) alone, in whatever batch the row is.
     """
-    B, T = rows.shape
+    _, T = rows.shape
+    thrown = dice(users, 3 * T + 1, seed)  # (B, 3 T + 1)
+    choice, fate, noise, only_last = thrown[:, :T], thrown[:, T : 2 * T], thrown[:, 2 * T : -1], thrown[:, -1]
+    only_last = only_last < last_probability  # (B,)
     real = rows != PAD  # (B, T)
     last = real.sum(1) - 1  # (B,)
-    at_last = torch.arange(T) == last[:, None]  # (B, T)
-    chosen = (torch.rand(B, T, generator=generator) < probability) & real
-    only_last = torch.rand(B, generator=generator) < last_probability  # (B,)
+    at_last = torch.arange(T, device=rows.device) == last[:, None]  # (B, T)
+    chosen = (choice < probability) & real
     chosen = torch.where((only_last | ~chosen.any(1))[:, None], at_last, chosen)
-    dice = torch.rand(B, T, generator=generator)
-    noise = torch.randint(1, item_count + 1, (B, T), generator=generator)
     # A last item that is asked for as in service is always hidden.
-    to_mask = chosen & ((dice < 0.8) | only_last[:, None])
-    to_noise = chosen & ~to_mask & (dice < 0.9)
-    inputs = torch.where(to_mask, item_count + 1, torch.where(to_noise, noise, rows))
+    to_mask = chosen & ((fate < 0.8) | only_last[:, None])
+    to_noise = chosen & ~to_mask & (fate < 0.9)
+    others = 1 + (noise * item_count).long()
+    inputs = torch.where(to_mask, item_count + 1, torch.where(to_noise, others, rows))
     return inputs, torch.where(chosen, rows, IGNORE)
+
+
+def dice(users: Tensor, count: int, seed: tuple[int, int]) -> Tensor:
+    """Uniform numbers in [0, 1), (B, count): the same for a user (B,) and a seed, wherever and whenever it is asked.
+
+    A counter put through the finaliser of SplitMix64 (Steele et al. 2014): no state, and no loop over rows.
+    """
+    key = np.random.default_rng(seed).integers(0, 2**63, dtype=np.uint64)
+    place = users.cpu().numpy().astype(np.uint64)[:, None] << np.uint64(20) | np.arange(count, dtype=np.uint64)
+    mixed = key ^ place * np.uint64(0x9E3779B97F4A7C15)
+    for shift_by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ mixed >> np.uint64(shift_by)) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return torch.from_numpy((mixed >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)).to(users.device)
 
 
 # --- losses: hidden states at positions with a target (P, D), their items (P,) 1..N, item vectors (N, D) -------
@@ -128,7 +145,8 @@ def draw(targets: Tensor, share: Tensor, uniform: int, in_batch: int) -> tuple[T
     `uniform` of them from all items, `in_batch` from the batch's own targets, which are as frequent as their share.
     """
     drawn = torch.randint(1, len(share) + 1, (uniform,), device=targets.device)
-    picked = targets[torch.randint(len(targets), (in_batch,), device=targets.device)]
+    in_batch = in_batch if len(targets) else 0  # a process may have no user of a last, small batch
+    picked = targets[torch.randint(max(len(targets), 1), (in_batch,), device=targets.device)]
     negatives = torch.cat((drawn, picked))
     return negatives, uniform / len(share) + in_batch * share[negatives - 1]
 

@@ -5,7 +5,7 @@ Each step leaves its result in the run's folder, so that the commands of the CLI
     runs/sasrec/split/   config.yaml  started.json  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  epochs.csv
                          fit.json  metrics.json  baselines.json  ranks.npz  report.json  report.html
     runs/sasrec/all/     config.yaml  started.json  last.ckpt  tensorboard/  epochs.csv  fit.json
-                         export/{encoder.onnx,vectors.npy,export.json,index.hnsw}
+                         export/{encoder.onnx,vectors.npy,weights.npz,export.json,index.hnsw}
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from shared.bundle import Parity, sha256
+from shared.bundle import WEIGHTS, Parity, sha256
 from shared.encoder import EncoderSpec
 from shared.events import IntArray
 from shared.popularity import Popularity
@@ -37,7 +37,9 @@ from trainer.publish import Candidate, Fit, check_gate, measure, publish
 from trainer.report import write_report
 from trainer.sources.config import SqlSource
 from trainer.splits import split_of
-from trainer.train import Fitted, TrainingError, evaluate_torch, fit, load_encoder
+from trainer.train import Fitted, Share, TrainingError, evaluate_torch, fit, load_encoder
+from trainer.transformer import Encoder
+from trainer.warm import Published
 
 Say = Callable[[str], None]
 
@@ -138,6 +140,7 @@ class Run:
         target.mkdir()
         (target / "encoder.onnx").write_bytes(exported.onnx)
         np.save(target / "vectors.npy", exported.vectors)
+        np.savez(target / WEIGHTS, **exported.weights)  # type: ignore[arg-type]
         self.write(
             "export/export.json",
             {
@@ -153,11 +156,14 @@ class Run:
         if found["checkpoint"] != sha256(self.checkpoint()):
             raise TrainingError(f"{self.folder / 'export'} is older than the checkpoint; export again")
         target = self.folder / "export"
+        with np.load(target / WEIGHTS, allow_pickle=False) as kept:
+            weights = {name: kept[name] for name in kept.files}
         return Exported(
             (target / "encoder.onnx").read_bytes(),
             np.load(target / "vectors.npy"),
             EncoderSpec.model_validate(found["spec"]),
             Parity.model_validate(found["parity"]),
+            weights,
         )
 
     @property
@@ -187,19 +193,45 @@ def one_data(configs: Sequence[RunConfig]) -> None:
 
 
 def train(
-    config: RunConfig, dataset: Dataset, which: Fit, runs: Path, *, epochs: int | None = None, resume: bool = False
+    config: RunConfig,
+    dataset: Dataset,
+    which: Fit,
+    runs: Path,
+    *,
+    epochs: int | None = None,
+    resume: bool = False,
+    say: Say = print,
 ) -> Fitted:
-    """Train one model on the split (early stopping) or on all events (`epochs` to the end)."""
+    """Train one model on the split (early stopping) or on all events (`epochs` to the end).
+
+    Of several processes the first keeps the run's folder.
+    """
     run = Run.of(runs, config.name, which)
     sequences, validation = _part(config, dataset, which)  # before `start`: what cannot be split replaces no run
     epochs = epochs or _chosen_epochs(config, which, runs)
-    kept = run.start(config, dataset, epochs, resume=resume)
+    first = _first_weights(config, dataset, which, say)
+    mine = Share.mine()
+    kept = mine.by_first(lambda: run.start(config, dataset, epochs, resume=resume))
     fitted = fit(
         config, len(dataset.catalogue), sequences, validation, run.folder,
-        epochs=epochs, resume=kept,
+        epochs=epochs, resume=kept, prepare=first,
     )  # fmt: skip
-    run.save_fit(fitted, dataset.info().fingerprint)
+    mine.by_first(lambda: run.save_fit(fitted, dataset.info().fingerprint))
     return fitted
+
+
+def _first_weights(config: RunConfig, dataset: Dataset, which: Fit, say: Say) -> Callable[[Encoder], None] | None:
+    """What gives the network its first weights, where they are not random.
+
+    A published model has most likely seen the events that a split holds out: its validation would be a memory.
+    """
+    if config.training.init_from is None:
+        return None
+    published = Published.load(Path(config.training.init_from), config.name)
+    if which == "split" and published.saw(dataset, split_of(dataset, config.evaluation)):
+        say(f"{config.name}: {published.manifest.version} knows held-out events; the split is trained from the start")
+        return None
+    return lambda encoder: say(published.give(encoder, dataset.catalogue))
 
 
 def _chosen_epochs(config: RunConfig, which: Fit, runs: Path) -> int | None:
@@ -293,13 +325,15 @@ def run(
 ) -> Path:
     """Everything, from data to a live bundle; its path."""
     one_data(configs)
+    if Share.mine().size > 1:
+        raise ConfigError("torchrun is for `train`; evaluate, export and publish what it trained with one process")
     split = split_of(dataset, configs[0].evaluation)
     if not len(split.test):
         say("no user has enough events: nothing can be held out, the models are published without metrics")
     fitted = {}
     for config in configs:
         say(f"{config.name}: training on the split, at most {config.training.epochs} epochs")
-        fitted[config.name] = (config, train(config, dataset, "split", runs, resume=resume))
+        fitted[config.name] = (config, train(config, dataset, "split", runs, resume=resume, say=say))
     say("measuring through a bundle: ONNX, retrieval, final gate")
     against = rivals(split, configs[0].evaluation)
     candidates = evaluate(fitted, dataset, split, runs, against)
@@ -327,7 +361,7 @@ def _refit(
     candidates = {}
     for name, (config, model) in fitted.items():
         say(f"{name}: training on all events, {model.epochs} epochs")
-        again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume)
+        again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume, say=say)
         exported = export(again.encoder, config)
         candidates[name] = replace(measured[name], exported=exported, fit="all", epochs=again.epochs)
     return candidates, everything(dataset)[1]

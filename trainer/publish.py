@@ -70,7 +70,9 @@ def write_bundle(
     write_data(folder, dataset.catalogue, popularity)
     for name, candidate in candidates.items():
         index = candidate.index or index_of(candidate.exported, candidate.config.index)
-        write_model(folder, name, candidate.exported.onnx, candidate.exported.vectors, index)
+        write_model(
+            folder, name, candidate.exported.onnx, candidate.exported.vectors, index, candidate.exported.weights
+        )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         version=new_version(),

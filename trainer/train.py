@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, cos, pi
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
@@ -20,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from shared.events import IntArray
 from shared.sequences import LARGEST_BUCKET, pack, pack_slices, time_buckets
-from trainer.config import RunConfig
+from trainer.config import RunConfig, TrainingConfig
 from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
 from trainer.evaluate import full_ranks, vector_scores
@@ -28,6 +31,7 @@ from trainer.metrics import metrics
 from trainer.objectives import loss_of, mask_items, shift
 from trainer.transformer import Encoder
 
+T = TypeVar("T")
 MONITOR: Final = "val_ndcg@10"
 EVALUATION_BATCH: Final = 64
 
@@ -36,15 +40,45 @@ class TrainingError(Exception):
     """A training that cannot go on."""
 
 
-Rows = tuple[Tensor, Tensor | None]
-"""Packed training rows, (B, T + 1) for SASRec, (B, T) for BERT4Rec, and for a model with a clock ages (B, T, T)."""
+class Rows(NamedTuple):
+    """Packed training rows."""
+
+    items: Tensor  # (B, T + 1) for SASRec, (B, T) for BERT4Rec
+    users: Tensor  # (B,)
+    ages: Tensor | None  # (B, T, T) for a model with a clock
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several training processes this is: `torchrun` says so in the environment."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def mine(cls) -> Share:
+        """This process's."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives, done by the first process alone; the others wait for it and get the same."""
+        if self.size == 1:
+            return work()
+        if not dist.is_initialized():
+            dist.init_process_group()
+        found = [work() if self.rank == 0 else None]
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+        return found[0]  # type: ignore[return-value]
 
 
 class Batches(IterableDataset[Rows]):
-    """The training sequences as packed rows; new batches each epoch."""
+    """The training sequences as packed rows; new batches each epoch.
 
-    def __init__(self, sequences: Sequences, config: RunConfig) -> None:
-        self.sequences, self.config, self.epoch = sequences, config, 0
+    Of several processes each takes its share of every batch, so that together they make the steps that one would make.
+    """
+
+    def __init__(self, sequences: Sequences, config: RunConfig, share: Share = Share()) -> None:
+        self.sequences, self.config, self.mine, self.epoch = sequences, config, share, 0
         causal = config.model.kind == "sasrec"
         self.longest = config.model.max_length + (1 if causal else 0)
         least = 2 if causal else 1  # a single event has no next one to learn
@@ -61,8 +95,19 @@ class Batches(IterableDataset[Rows]):
         settings = self.config.training
         rng = np.random.default_rng((settings.seed, self.epoch))
         for positions in batches(self.lengths, settings.batch_size, rng, settings.length_window):
-            rows = self.usable[positions]
-            yield torch.from_numpy(self._pack(self.sequences.item, rows)), self._ages(rows)
+            rows = self.usable[positions][self.mine.rank :: self.mine.size]
+            yield self._rows(rows) if len(rows) else self._nobody()
+
+    def _rows(self, rows: IntArray) -> Rows:
+        items = torch.from_numpy(self._pack(self.sequences.item, rows))
+        return Rows(items, torch.from_numpy(rows), self._ages(rows))
+
+    def _nobody(self) -> Rows:
+        """A row without anything to guess: all processes must make the step, even if a last batch is too small."""
+        row = torch.zeros(1, 2, dtype=torch.int64)
+        T = 2 if self.config.model.kind == "bert4rec" else 1
+        clock = self.config.model.time_bias != "none"
+        return Rows(row, torch.zeros(1, dtype=torch.int64), torch.zeros(1, T, T, dtype=torch.int32) if clock else None)
 
     def _pack(self, values: IntArray, rows: IntArray) -> IntArray:
         return pack_slices(values, self.sequences.starts[rows], self.sequences.stops[rows], self.longest)[0]
@@ -90,7 +135,7 @@ class Batches(IterableDataset[Rows]):
         guessed = (self.lengths - 1).sum() if causal else self.lengths.sum() * self.config.training.mask_probability
         return float(guessed) / len(self)
 
-    def share(self, item_count: int) -> Tensor:
+    def popularity(self, item_count: int) -> Tensor:
         """Share of each item in the training events, (N,)."""
         counts = np.bincount(self.sequences.item, minlength=item_count + 1)[1:]
         return torch.from_numpy(counts / counts.sum()).float()
@@ -108,19 +153,20 @@ class SequenceModel(pl.LightningModule):
         self.register_buffer("share", share, persistent=False)
         self.config, self.validation, self.tokens_per_batch = config, validation, tokens_per_batch
         self.encoder = Encoder(config.model, item_count)
-        self.masks = torch.Generator()
-        self.save_hyperparameters({"config": config.model_dump(mode="json"), "item_count": item_count})
+        self.mine = Share.mine()
+        self.save_hyperparameters({"config": config.model_dump(mode="json"), "item_count": item_count}, logger=False)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, as the papers have it."""
+    def configure_optimizers(self) -> Any:
+        """Adam, as the papers have it, with the learning rate that the settings plan for each step."""
         settings = self.config.training
-        return torch.optim.AdamW(self.encoder.parameters(), settings.lr, weight_decay=settings.weight_decay)
+        adam = torch.optim.AdamW(self.encoder.parameters(), settings.lr, weight_decay=settings.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        plan = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: lr_share(step, steps, settings))
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": plan, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
-        """New masks and dropout each epoch, the same ones after a resume."""
-        seed = hash((self.config.training.seed, self.current_epoch)) & 0x7FFF_FFFF
-        self.masks.manual_seed(seed)
-        torch.manual_seed(seed)
+        """New dropout each epoch, the same after a resume."""
+        torch.manual_seed(hash((self.config.training.seed, self.current_epoch, self.mine.rank)) & 0x7FFF_FFFF)
 
     def training_step(self, batch: Rows, _batch_index: int) -> Tensor:
         """The loss of packed rows (B, T).
@@ -128,29 +174,34 @@ class SequenceModel(pl.LightningModule):
         Divided by the mean number of guesses a batch, not by this batch's: with batches by length, a batch
         of short users would otherwise weigh as much as one of long users.
         """
-        rows, ages = batch
-        inputs, targets = self._pose(rows)
+        inputs, targets = self._pose(batch)
         table = self.encoder.items()  # (N + 2, D), once for inputs and scores
-        hidden, vectors = self.encoder(inputs, ages, table), self.encoder.vectors_of(table)
+        hidden, vectors = self.encoder(inputs, batch.ages, table), self.encoder.vectors_of(table)
         total = loss_of(hidden, targets, vectors, self.config.training, self.share)
-        loss = total / self.tokens_per_batch
+        # Several processes take the mean of their gradients, and the batch is the sum of their shares.
+        loss = total / self.tokens_per_batch * self.mine.size
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} in epoch {self.current_epoch}: try a smaller training.lr "
                 f"(now {self.config.training.lr}); the last good weights are in {self.trainer.default_root_dir}"
             )
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        self.log(
+            "train_loss",
+            loss.detach(),
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(inputs),
+            sync_dist=self.mine.size > 1,
+        )
         return loss
 
-    def _pose(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _pose(self, rows: Rows) -> tuple[Tensor, Tensor]:
         if self.config.model.kind == "sasrec":
-            return shift(rows)
-        settings = self.config.training
-        count = self.encoder.item_count
-        inputs, targets = mask_items(
-            rows.cpu(), settings.mask_probability, settings.last_item_probability, count, self.masks
-        )
-        return inputs.to(self.device), targets.to(self.device)
+            return shift(rows.items)
+        settings, count = self.config.training, self.encoder.item_count
+        chances = settings.mask_probability, settings.last_item_probability
+        return mask_items(rows.items, rows.users, *chances, count, (settings.seed, self.current_epoch))
 
     def validation_step(self, _batch: Any, _batch_index: int) -> None:
         """Full ranking of all validation cases; Lightning asks once an epoch with a dummy batch."""
@@ -159,6 +210,16 @@ class SequenceModel(pl.LightningModule):
         found = evaluate_torch(self.encoder, self.config, self.validation)
         for name in ("ndcg@10", "hr@10", "mrr"):
             self.log(f"val_{name}", found.get(name, 0.0), prog_bar=name == "ndcg@10", batch_size=1)
+
+
+def lr_share(step: int, steps: int, settings: TrainingConfig) -> float:
+    """The learning rate of a step, 0 to `steps` - 1, as a share of the one that is set."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - settings.warmup) / max(1, steps - settings.warmup)
+    return (1 + cos(pi * min(done, 1.0))) / 2
 
 
 @torch.no_grad()
@@ -216,31 +277,45 @@ def fit(
     *,
     epochs: int | None = None,
     resume: bool = False,
+    prepare: Callable[[Encoder], None] | None = None,
 ) -> Fitted:
-    """Train; with `validation` keep the best epoch and stop early, without it train `epochs` to the end.
+    """Train; with `validation` keep the best epoch and stop early, without it train `epochs` and keep the one with the
+    lowest training loss.
 
-    `folder` gets checkpoints, TensorBoard files and `config.yaml`. `resume` goes on from `last.ckpt` there.
+    `folder` gets checkpoints, TensorBoard files and `epochs.csv`. `resume` goes on from `last.ckpt` there. `prepare`
+    may give the network other first weights. Several processes that `torchrun` has started train one model together;
+    the first of them writes, and returns the weights that count.
     """
     _quiet()
     pl.seed_everything(config.training.seed, workers=True, verbose=False)
     torch.set_num_threads(config.training.threads)
-    data = Batches(sequences, config)
-    model = SequenceModel(config, item_count, data.tokens_per_batch(), data.share(item_count), validation)
+    mine = Share.mine()
+    data = Batches(sequences, config, mine)
+    model = SequenceModel(config, item_count, data.tokens_per_batch(), data.popularity(item_count), validation)
     model.encoder.largest_time.fill_(data.largest_time)
+    if prepare is not None:
+        prepare(model.encoder)
     # Lightning's own `save_last` writes only when the best epoch changes; the newest state is to be kept each epoch.
     newest = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    best = _best_checkpoint(config, folder)
+    best = _best_checkpoint(config, folder, "train_loss" if validation is None else MONITOR)
+    board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+    board.log_hyperparams(_flat(config.model_dump(mode="json")), {f"best_{best.monitor}": 0.0})
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     trainer = pl.Trainer(
         default_root_dir=folder,
         max_epochs=config.training.epochs if epochs is None else epochs,
         accelerator=config.training.accelerator,
-        devices=1,
-        logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+        devices=here,
+        num_nodes=mine.size // here,
+        strategy="ddp" if mine.size > 1 else "auto",
+        use_distributed_sampler=False,  # the batches are divided already
+        logger=board,
         callbacks=[
             _EpochBatches(data),
             TQDMProgressBar(refresh_rate=10),
             EpochLog(folder / "epochs.csv"),
-            *([] if validation is None else [_stopping(config), best]),
+            *([] if validation is None else [_stopping(config)]),
+            best,
             newest,  # last, so that it holds what the others know of this epoch
         ],
         num_sanity_val_steps=0,
@@ -256,20 +331,34 @@ def fit(
     rows = DataLoader(data, batch_size=None, generator=torch.Generator())
     try:
         trainer.fit(model, rows, ask, ckpt_path=checkpoint, weights_only=False)
-    except SystemExit:  # Lightning's answer to Ctrl+C
+    except SystemExit:  # Lightning's answer to Ctrl+C and to SIGTERM
         raise TrainingError(f"interrupted; go on with --resume (the last epoch is in {last})") from None
-    return _best(model, trainer, best, last)
+    found = _best(model, trainer, best, last)
+    board.log_metrics({f"best_{best.monitor}": float(best.best_model_score or 0.0)}, trainer.global_step)
+    board.finalize("success")
+    return found
 
 
 def _best(model: SequenceModel, trainer: pl.Trainer, saver: ModelCheckpoint, last: Path) -> Fitted:
-    """The weights of the best validated epoch, or the last ones."""
-    if model.validation is None or not saver.best_model_path:
+    """The weights of the best epoch, or the last ones where a validation never came."""
+    if model.mine.rank or not saver.best_model_path:
         return Fitted(model.encoder.cpu().eval(), trainer.current_epoch, None, last)
     best = Path(saver.best_model_path)
     saved = torch.load(best, map_location="cpu", weights_only=False)  # our own file, written minutes ago
     model.load_state_dict(saved["state_dict"])
-    score = saver.best_model_score
-    return Fitted(model.encoder.cpu().eval(), int(saved["epoch"]) + 1, None if score is None else float(score), best)
+    score = None if model.validation is None or saver.best_model_score is None else float(saver.best_model_score)
+    return Fitted(model.encoder.cpu().eval(), int(saved["epoch"]) + 1, score, best)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
+    """Every setting under its dotted name, in the forms that TensorBoard's HPARAMS page takes."""
+    found: dict[str, str | float | bool] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value if isinstance(value, str | float | int) else json.dumps(value)
+    return found
 
 
 def load_encoder(checkpoint: Path) -> tuple[Encoder, RunConfig]:
@@ -293,13 +382,15 @@ class _EpochBatches(Callback):
         self.data.epoch = trainer.current_epoch
 
 
-def _best_checkpoint(config: RunConfig, folder: Path) -> ModelCheckpoint:
+def _best_checkpoint(config: RunConfig, folder: Path, monitor: str) -> ModelCheckpoint:
+    by_loss = monitor == "train_loss"
     return ModelCheckpoint(
         folder,
-        filename=f"{config.model.kind}-{{epoch}}-{{{MONITOR}:.4f}}",
-        monitor=MONITOR,
-        mode="max",
+        filename=f"{config.model.kind}-{{epoch}}-{{{monitor}:.4f}}",
+        monitor=monitor,
+        mode="min" if by_loss else "max",
         enable_version_counter=False,
+        save_on_train_epoch_end=by_loss or None,
     )
 
 

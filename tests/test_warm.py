@@ -1,0 +1,124 @@
+"""Warm start: the weights of a published model, item by item id, and no memory of held-out events."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shared.bundle import BundleError, point_current
+from tests.trained import ITEMS, START, Row, config, cyclic_events, dataset, world
+from trainer import pipeline
+from trainer.config import RunConfig
+from trainer.dataset import leave_one_out
+from trainer.train import TrainingError
+from trainer.transformer import Encoder
+from trainer.warm import Published, WarmStartError
+
+
+def published(fit: str = "split") -> Published:
+    """The model of the circle, as if its figures had been measured by leave-one-out."""
+    found = Published.load(world("sasrec").bundle.path, "sasrec")
+    info = found.manifest.models["sasrec"]
+    measured = info.model_copy(update={"fit": fit, "metrics": {"protocol": "leave-one-out, full ranking"}})
+    return replace(found, manifest=found.manifest.model_copy(update={"models": {"sasrec": measured}}))
+
+
+def test_every_weight_comes_back() -> None:
+    found = world("sasrec")
+    fresh = Encoder(found.config.model, ITEMS)
+    said = published().give(fresh, found.dataset.catalogue)
+    assert said.startswith("started from sasrec of ")
+    assert said.endswith("30 of 30 items known")
+    for name, weight in found.fitted.encoder.named_parameters():
+        assert torch.equal(dict(fresh.named_parameters())[name], weight), name
+
+
+def test_items_are_matched_by_id_and_new_ones_keep_their_random_vectors() -> None:
+    found = world("sasrec")
+    # The new catalogue lacks items 1 to 5, has two others, and numbers all of them anew.
+    rows: list[Row] = [("u", str(i), START + (100 - i) * 1_000_000) for i in range(6, ITEMS + 1)]
+    data = dataset([*rows, ("u", "new-a", START), ("u", "new-b", START + 1)])
+    torch.manual_seed(3)
+    fresh = Encoder(found.config.model, len(data.catalogue))
+    before = fresh.items.ids.weight.detach().clone()
+    assert published().give(fresh, data.catalogue).endswith("25 of 27 items known")
+    old, new = found.fitted.encoder.items.ids.weight, fresh.items.ids.weight
+    for index, item in enumerate(data.catalogue.items, start=1):
+        known = found.dataset.catalogue.index_by_id.get(item.item_id)
+        assert torch.equal(new[index], before[index] if known is None else old[known])
+    assert torch.equal(new[0], old[0])
+    assert torch.equal(new[-1], old[-1])  # MASK
+
+
+def test_another_form_of_network_is_refused() -> None:
+    other = Encoder(config("sasrec", model={"hidden_units": 16}).model, ITEMS)
+    with pytest.raises(WarmStartError, match=r"has \(16, 32\) for positions\.weight, here \(16, 16\)"):
+        published().give(other, world("sasrec").dataset.catalogue)
+    deeper = Encoder(config("sasrec", model={"blocks": 2}).model, ITEMS)
+    with pytest.raises(WarmStartError, match=r"has nothing for blocks\.1"):
+        published().give(deeper, world("sasrec").dataset.catalogue)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(WarmStartError, match="no weights of a model 'other'"):
+        Published.load(world("sasrec").bundle.path, "other")
+    point_current(tmp_path, "gone")
+    with pytest.raises(BundleError):
+        Published.load(tmp_path, "sasrec")
+
+
+def test_who_saw_held_out_events() -> None:
+    found, everything = world("sasrec"), published("all")
+    assert not published().saw(found.dataset, found.split)  # a split fit on this very data
+    assert published().saw(found.dataset, replace(found.split, protocol="another"))
+    assert everything.saw(found.dataset, found.split)
+    later = leave_one_out(dataset([(u, i, t + 10**16) for u, i, t in cyclic_events(users=20)]))
+    assert not everything.saw(later.test.dataset, later)  # all that is held out came after it
+    without = leave_one_out(dataset(cyclic_events(users=20), has_times=False))
+    assert everything.saw(without.test.dataset, without)
+
+
+def settings(bundle: Path, **training: object) -> RunConfig:
+    return config("sasrec", training={"epochs": 1, "lr": 1e-6, "init_from": str(bundle), **training})
+
+
+@pytest.mark.slow
+def test_a_training_on_everything_goes_on_where_the_bundle_was(tmp_path: Path) -> None:
+    found, said = world("sasrec"), list[str]()
+    warm = settings(found.bundle.path)
+    fitted = pipeline.train(warm, found.dataset, "all", tmp_path, epochs=1, say=said.append)
+    gap = (fitted.encoder.vectors - found.fitted.encoder.vectors).abs().max()
+    assert float(gap.detach()) < 1e-3
+    assert said[0].endswith("30 of 30 items known")
+
+
+@pytest.mark.slow
+def test_a_split_starts_cold_where_the_bundle_knows_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, said = world("sasrec"), list[str]()
+    monkeypatch.setattr(Published, "saw", lambda *_: True)
+    fitted = pipeline.train(settings(found.bundle.path), found.dataset, "split", tmp_path, say=said.append)
+    assert said == [f"sasrec: {found.bundle.version} knows held-out events; the split is trained from the start"]
+    assert fitted.best is not None
+    assert fitted.best < 0.5
+    monkeypatch.setattr(Published, "saw", lambda *_: False)
+    warm = pipeline.train(settings(found.bundle.path), found.dataset, "split", tmp_path, say=said.append)
+    assert warm.best is not None
+    assert warm.best > 0.9
+
+
+def test_a_bundle_that_is_not_there_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises((TrainingError, BundleError)):
+        pipeline.train(settings(tmp_path / "no"), world("sasrec").dataset, "all", tmp_path / "runs", epochs=1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_are_plain_arrays() -> None:
+    file = world("sasrec").bundle.path / "models" / "sasrec" / "weights.npz"
+    with np.load(file, allow_pickle=False) as kept:
+        assert kept["items.ids.weight"].shape == (ITEMS + 2, 32)
