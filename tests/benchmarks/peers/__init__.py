@@ -1,0 +1,1 @@
+"""Upnext beside RecTools, RePlay and RecBole."""
