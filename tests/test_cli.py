@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import polars as pl
 import pytest
 import yaml
@@ -158,6 +159,47 @@ def test_predict_refuses_what_it_cannot_do_before_it_starts(place: Place, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_embeddings_are_the_vectors_that_score(place: Place, tmp_path: Path) -> None:
+    said = trainer("export", "embeddings", place.preset, "--out", tmp_path / "e", *place.bundles)
+    bundle = place.live()
+    items, users = (pl.read_parquet(tmp_path / f"e/{kind}.parquet") for kind in ("items", "users"))
+    assert f"{ITEMS} vectors of circle of {bundle.version}" in said
+    assert items["item_id"].to_list() == [item.item_id for item in bundle.catalogue.items]
+    vectors = bundle.models["circle"].retriever.vectors
+    np.testing.assert_array_equal(np.array(items["vector"].to_list(), np.float32), vectors)
+    events = circle()
+    assert users["user_id"].to_list() == sorted({user for user, _, _ in events})
+    history = [bundle.catalogue.index_by_id[item] for user, item, _ in events if user == "u3"]
+    (query,) = bundle.models["circle"].encoder.encode([np.array(history)])
+    found = users.filter(pl.col("user_id") == "u3")["vector"].to_list()[0]
+    np.testing.assert_allclose(found, query, atol=1e-5)
+    trainer("export", "embeddings", "--out", tmp_path / "t", "--format", "tsv", *place.bundles)
+    assert [f.name for f in (tmp_path / "t").iterdir()] == ["items.tsv"]
+    name, numbers = (tmp_path / "t/items.tsv").read_text().splitlines()[0].split("\t")
+    assert name == bundle.catalogue.items[0].item_id
+    np.testing.assert_array_equal(np.array(numbers.split(" "), np.float32), vectors[0])
+    assert ".parquet or .tsv" in refused("export", "embeddings", "--format", "json", *place.bundles)
+
+
+@pytest.mark.slow
+def test_a_sweep_ranks_by_validation_and_goes_on_where_it_was(place: Place, tmp_path: Path) -> None:
+    words = ["training.lr=0.02,1e-5", "model.blocks=1", "training.epochs=6", "training.length_window=1,20"]
+    said = trainer("sweep", place.preset, *words, "--runs", tmp_path / "s")
+    table = [line.split() for line in said.splitlines() if re.match(r" +\d", line)]
+    assert sorted(row[0] for row in table) == ["1", "2", "3", "4"]
+    assert {row[3] for row in table[:2]} == {"training.lr=0.02"}
+    assert float(table[0][1]) >= float(table[1][1]) > float(table[2][1])
+    with (tmp_path / "s/sweep.csv").open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["trial"] for row in rows] == [row[0] for row in table]
+    checkpoints = contents(tmp_path / "s/001")
+    some = trainer("sweep", place.preset, *words, "--runs", tmp_path / "s", "--trials", "4")
+    assert some.splitlines()[-4:] == said.splitlines()[-4:]
+    same = {name: digest for name, digest in contents(tmp_path / "s/001").items() if name.endswith(".ckpt")}
+    assert same == {name: digest for name, digest in checkpoints.items() if name.endswith(".ckpt")}
+    assert "the data stays the same" in refused("sweep", place.preset, "data.source.kind=sql,files")
+
+
 # --- the steps one by one -----------------------------------------------------------------------------
 
 
@@ -167,7 +209,7 @@ def test_the_steps_one_by_one_lead_to_a_bundle_too(place: Place, tmp_path: Path)
     assert "validation NDCG@10" in trainer("train", here.preset, *here.runs)
     assert "circle (torch)" in trainer("evaluate", "circle", *here.runs)
     assert "3 epochs" in trainer("train", here.preset, *here.runs, "--fit", "all", "--epochs", "3")
-    assert "top10_changes=0" in trainer("export", "circle", *here.runs)
+    assert "top10_changes=0" in trainer("export", "onnx", "circle", *here.runs)
     assert "recall@10 1.0000" in trainer("index", "circle", *here.runs)
     assert "made it current" in trainer("publish", "circle", *here.runs, *here.bundles)
     bundle = here.live()
@@ -180,12 +222,12 @@ def test_the_steps_one_by_one_lead_to_a_bundle_too(place: Place, tmp_path: Path)
 @pytest.mark.slow
 def test_a_step_whose_input_is_missing_names_the_step_before(place: Place, tmp_path: Path) -> None:
     here = Place(tmp_path, place.preset)
-    assert "python -m trainer train" in refused("export", "circle", *here.runs)
+    assert "python -m trainer train" in refused("export", "onnx", "circle", *here.runs)
     trainer("train", here.preset, *here.runs, "training.epochs=1")
     assert "python -m trainer evaluate circle" in refused(
         "publish", "circle", *here.runs, *here.bundles, "--fit", "split"
     )
-    assert "python -m trainer export" in refused("index", "circle", *here.runs, "--fit", "split")
+    assert "python -m trainer export onnx" in refused("index", "circle", *here.runs, "--fit", "split")
     assert not (tmp_path / "bundles").exists()
 
 
@@ -346,7 +388,7 @@ def test_a_fit_on_everything_with_other_settings_than_the_measured_one_is_refuse
     trainer("train", here.preset, *here.runs, "training.epochs=1")
     trainer("evaluate", "circle", *here.runs)
     trainer("train", here.preset, "--fit", "all", "model.hidden_units=4", *here.runs)
-    trainer("export", "circle", *here.runs)
+    trainer("export", "onnx", "circle", *here.runs)
     assert "other settings or data" in refused("publish", "circle", *here.runs, *here.bundles)
     assert not (tmp_path / "bundles" / "CURRENT").exists()
 

@@ -23,6 +23,7 @@ from trainer import pipeline
 from trainer.compare import CompareError, compare, comparison_table, load_ranks
 from trainer.config import ConfigError, RunConfig, load_config, preset_names, settings
 from trainer.dataset import Dataset, DatasetError, load_dataset
+from trainer.embeddings import check_vectors_file, item_vectors, user_vectors, write_vectors
 from trainer.export import ExportError, export
 from trainer.pipeline import Run
 from trainer.predict import check_table, write_table
@@ -31,6 +32,7 @@ from trainer.publish import Fit, PublishRefusedError, index_of, self_recall
 from trainer.seed import seed_log
 from trainer.sources import SOURCES, RawData, SourceError, describe
 from trainer.splits import split_of
+from trainer.sweep import fixed, sweep, sweep_table
 from trainer.train import Share, TrainingError
 from trainer.warm import WarmStartError
 
@@ -56,6 +58,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data, or load it into the service's log.")
 app.add_typer(data_app, name="data")
+export_app = typer.Typer(no_args_is_help=True, help="Networks as ONNX, or vectors for use elsewhere.")
+app.add_typer(export_app, name="export")
 console = Console(highlight=False, soft_wrap=True)
 
 Presets = Annotated[
@@ -72,6 +76,7 @@ Bundles = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Publish even if popularity or the live bundle is better.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training.")]
+BundleModel = Annotated[str | None, typer.Option("--model", help="Model in the bundle; its default one otherwise.")]
 Which = Annotated[Fit, typer.Option("--fit", help="split: held-out events stay unseen. all: every event.")]
 
 
@@ -107,6 +112,24 @@ def dataset_of(config: RunConfig) -> Dataset:
     for note in dataset.notes:
         say(f"note: {note}")
     return dataset
+
+
+def live_model(bundles: Path, model: str | None) -> tuple[Bundle, str]:
+    """The live bundle, and the name of the model meant in it."""
+    version = current_version(bundles)
+    if version is None:
+        raise BundleError(f"nothing is published in {bundles}; run: python -m trainer run <preset>")
+    bundle = Bundle.load(bundles / version)
+    name = model or bundle.manifest.default_model
+    if name not in bundle.models:
+        raise BundleError(f"no model {name!r} in {version}; it has {', '.join(bundle.models)}")
+    return bundle, name
+
+
+def dataset_for(bundle: Bundle, config: RunConfig) -> Dataset:
+    """A preset's data with histories as the bundle's models were trained to read them, whatever the preset says."""
+    data = config.data.model_copy(update={"history": bundle.policy})
+    return dataset_of(config.model_copy(update={"data": data}))
 
 
 def show(raw: RawData) -> None:
@@ -176,14 +199,47 @@ def compare_command(
     say(comparison_table(compare(*(load_ranks(runs, name) for name in (run_a, run_b)))))
 
 
-@app.command("export")
-def export_command(names: Models, runs: Runs = Path("runs"), fit: Which = "all") -> None:
+@export_app.command("onnx")
+def export_onnx(names: Models, runs: Runs = Path("runs"), fit: Which = "all") -> None:
     """torch to ONNX, refused when both do not answer the same."""
     for name in names:
         config, model = pipeline.restore(runs, name, fit)
         exported = export(model.encoder, config)
         Run.of(runs, name, fit).save_export(exported)
         say(f"{name}: {Run.of(runs, name, fit).folder / 'export'}; {exported.parity}")
+
+
+@export_app.command("embeddings")
+def export_embeddings(
+    presets: Annotated[
+        list[str] | None, typer.Argument(metavar="[PRESET] [KEY=VALUE]...", help="Whose users to encode; none: items.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write items and users to.")] = Path("embeddings"),
+    bundles: Bundles = Path("bundles"),
+    model: BundleModel = None,
+    form: Annotated[str, typer.Option("--format", help="parquet, or tsv: id, tab, numbers.")] = "parquet",
+) -> None:
+    """Item vectors of the live bundle, and with a preset the vectors of its users: a score is their dot product."""
+    check_vectors_file(out / f"items.{form}")
+    bundle, name = live_model(bundles, model)
+    tables = {"items": item_vectors(bundle, name)}
+    if presets:
+        tables["users"] = user_vectors(bundle, dataset_for(bundle, configs_of(presets)[0]), name)
+    for kind, table in tables.items():
+        write_vectors(table, out / f"{kind}.{form}")
+        say(f"{out / f'{kind}.{form}'}: {table.height:,} vectors of {name} of {bundle.version}")
+
+
+@app.command("sweep")
+def sweep_command(
+    preset: Annotated[str, typer.Argument(help="Preset or YAML file.")],
+    settings: Annotated[list[str], typer.Argument(metavar="KEY=A,B,C...", help="Every combination is trained.")],
+    runs: Runs = Path("runs/sweep"),
+    trials: Annotated[int | None, typer.Option(min=1, help="Only so many combinations, drawn at random.")] = None,
+) -> None:
+    """Train a preset with each combination of settings, and rank them by validation NDCG@10; the test stays unseen."""
+    dataset = dataset_of(load_config(preset, fixed(settings)))
+    say(sweep_table(sweep(preset, settings, dataset, runs, trials, say)))
 
 
 @app.command()
@@ -218,24 +274,15 @@ def predict(
     presets: Presets,
     out: Annotated[Path, typer.Option(help="File to write, .csv or .parquet.")],
     bundles: Bundles = Path("bundles"),
-    model: Annotated[str | None, typer.Option(help="Model in the bundle; its default one otherwise.")] = None,
+    model: BundleModel = None,
     k: Annotated[int, typer.Option("--k", min=1, max=1000, help="Items a user.")] = 10,
 ) -> None:
     """Top-K lists for all users of a preset's data, with the availability rule at each user's last event."""
     check_table(out)
-    version = current_version(bundles)
-    if version is None:
-        raise BundleError(f"nothing is published in {bundles}; run: python -m trainer run <preset>")
-    bundle = Bundle.load(bundles / version)
-    name = model or bundle.manifest.default_model
-    if name not in bundle.models:
-        raise BundleError(f"no model {name!r} in {version}; it has {', '.join(bundle.models)}")
-    config = configs_of(presets)[0]
-    # Histories as the bundle's models were trained to read them, whatever the preset says.
-    data = config.data.model_copy(update={"history": bundle.policy})
-    table, excluded = predict_lists(bundle, dataset_of(config.model_copy(update={"data": data})), name, k)
+    bundle, name = live_model(bundles, model)
+    table, excluded = predict_lists(bundle, dataset_for(bundle, configs_of(presets)[0]), name, k)
     write_table(table, out)
-    say(f"{out}: {table.height:,} rows for {excluded.users:,} users by {name} of {version}")
+    say(f"{out}: {table.height:,} rows for {excluded.users:,} users by {name} of {bundle.version}")
     say(
         f"availability rule at each user's last event: {excluded.unavailable:,} (user, item) pairs excluded, "
         f"{excluded.users_touched:,} users touched, {excluded.future_in_lists:,} items kept out of the top {k}; "

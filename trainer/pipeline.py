@@ -152,7 +152,7 @@ class Run:
 
     def exported(self) -> Exported:
         """What `save_export` kept. Raises TrainingError when the run was trained again since."""
-        found = self.read("export/export.json", "export")
+        found = self.read("export/export.json", "export onnx")
         if found["checkpoint"] != sha256(self.checkpoint()):
             raise TrainingError(f"{self.folder / 'export'} is older than the checkpoint; export again")
         target = self.folder / "export"

@@ -37,7 +37,7 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
     """
     model, rule = bundle.models[name], _rule(bundle, dataset)
     everything = Availability.open(len(bundle.catalogue))
-    mapped = _to_bundle(bundle, dataset)
+    mapped = to_bundle(bundle, dataset)
     rows: list[pl.DataFrame] = []
     unavailable = touched = replaced = lonely = 0
     for user, user_id in enumerate(dataset.users):
@@ -75,7 +75,7 @@ def _rule(bundle: Bundle, dataset: Dataset) -> Availability:
     return Availability.of(bundle.catalogue).changed(bundle.catalogue, changes)
 
 
-def _to_bundle(bundle: Bundle, dataset: Dataset) -> IntArray:
+def to_bundle(bundle: Bundle, dataset: Dataset) -> IntArray:
     """(E,) the bundle's index of each row's item; 0 where the bundle does not know it."""
     table = np.array([0, *(bundle.catalogue.index_by_id.get(i.item_id, 0) for i in dataset.catalogue.items)], np.int64)
     return table[dataset.item]

@@ -40,6 +40,10 @@ class TrainingError(Exception):
     """A training that cannot go on."""
 
 
+class InterruptedTrainingError(TrainingError):
+    """A training that somebody stopped, and that goes on from its last epoch."""
+
+
 class Rows(NamedTuple):
     """Packed training rows."""
 
@@ -332,7 +336,7 @@ def fit(
     try:
         trainer.fit(model, rows, ask, ckpt_path=checkpoint, weights_only=False)
     except SystemExit:  # Lightning's answer to Ctrl+C and to SIGTERM
-        raise TrainingError(f"interrupted; go on with --resume (the last epoch is in {last})") from None
+        raise InterruptedTrainingError(f"interrupted; go on with --resume (the last epoch is in {last})") from None
     found = _best(model, trainer, best, last)
     board.log_metrics({f"best_{best.monitor}": float(best.best_model_score or 0.0)}, trainer.global_step)
     board.finalize("success")

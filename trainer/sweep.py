@@ -1,0 +1,101 @@
+"""A sweep: the same preset with other settings, trained one after another and compared by validation alone."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from trainer.config import ConfigError, load_config
+from trainer.dataset import Dataset
+from trainer.pipeline import Say, train
+from trainer.train import InterruptedTrainingError, TrainingError
+
+COMMA: Final = re.compile(r",(?![^\[{]*[\]}])")  # not inside a list or a mapping
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a sweep."""
+
+    number: int
+    overrides: tuple[str, ...]  # those that differ between trials
+    score: float | None  # validation NDCG@10; None where the training failed
+    epochs: int
+    note: str
+
+
+def plan(words: Sequence[str], most: int | None, seed: int = 0) -> list[tuple[str, ...]]:
+    """All combinations of `key=a,b,c`; at most `most` of them, drawn at random.
+
+    plan(["training.lr=1e-3,3e-4", "model.blocks=2,3"]) -> [("training.lr=1e-3", "model.blocks=2"), ...]
+    """
+    choices = [[f"{key}={value.strip()}" for value in COMMA.split(values)] for key, _, values in map(_split, words)]
+    found = list(itertools.product(*choices))
+    if most is not None and most < len(found):
+        picked = np.sort(np.random.default_rng(seed).choice(len(found), most, replace=False))
+        found = [found[i] for i in picked]
+    return found
+
+
+def fixed(words: Sequence[str]) -> list[str]:
+    """The settings that are the same in all trials. Raises ConfigError where others are not of model or training."""
+    plan([w for w in words if COMMA.search(w)], None)
+    return [w for w in words if not COMMA.search(w)]
+
+
+def _split(word: str) -> tuple[str, str, str]:
+    key, _, values = word.partition("=")
+    if not key.startswith(("model.", "training.")):
+        raise ConfigError(f"{word}: a sweep is over settings of model and training; the data stays the same")
+    return key, "=", values
+
+
+def sweep(preset: str, words: Sequence[str], dataset: Dataset, runs: Path, most: int | None, say: Say) -> list[Trial]:
+    """Train every combination on the split, in `runs/<number>`; the trials, best first, also as `runs/sweep.csv`.
+
+    A sweep that was stopped goes on where it was: finished trials are not trained again.
+    """
+    trials, planned = [], plan([w for w in words if COMMA.search(w)], most)
+    for number, overrides in enumerate(planned, start=1):
+        say(f"trial {number} of {len(planned)}: {' '.join(overrides) or 'the preset'}")
+        trials.append(_try(number, preset, fixed(words), overrides, dataset, runs, say))
+        trials.sort(key=lambda t: -1.0 if t.score is None else t.score, reverse=True)
+        _write(runs / "sweep.csv", trials)
+    return trials
+
+
+def _try(
+    number: int, preset: str, same: list[str], overrides: tuple[str, ...], dataset: Dataset, runs: Path, say: Say
+) -> Trial:
+    config = load_config(preset, [*same, *overrides])
+    try:
+        fitted = train(config, dataset, "split", runs / f"{number:03}", resume=True, say=say)
+    except InterruptedTrainingError:
+        raise
+    except TrainingError as error:
+        return Trial(number, overrides, None, 0, str(error))
+    return Trial(number, overrides, fitted.best, fitted.epochs, "")
+
+
+def _write(file: Path, trials: Sequence[Trial]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as opened:
+        rows = csv.writer(opened)
+        rows.writerow(["trial", "settings", "val_ndcg@10", "epochs", "note"])
+        rows.writerows([t.number, " ".join(t.overrides), t.score, t.epochs, t.note] for t in trials)
+
+
+def sweep_table(trials: Sequence[Trial]) -> str:
+    """The trials as text, best first."""
+    lines = [f"{'trial':>5}{'val NDCG@10':>13}{'epochs':>8}  settings"]
+    for t in trials:
+        score = "-" if t.score is None else f"{t.score:.4f}"
+        lines.append(f"{t.number:>5}{score:>13}{t.epochs:>8}  {' '.join(t.overrides)} {t.note}".rstrip())
+    return "\n".join(lines)
