@@ -291,6 +291,9 @@ def test_a_temporal_split_of_data_without_times_is_refused(tmp_path: Path) -> No
 def test_two_runs_are_compared_user_by_user(place: Place, tmp_path: Path) -> None:
     slow = ("training.epochs=1", "training.lr=1e-9")
     trainer("run", place.preset, *slow, "--runs", tmp_path, "--bundles", tmp_path / "bundles", "--force")
+    chosen_by = trainer("compare", tmp_path / "circle", "circle", *place.runs, "--on", "validation")
+    fit = json.loads((place.folder / "runs/circle/split/fit.json").read_text())
+    assert f"{fit['best_validation_ndcg@10']:.4f}" in re.search(r"ndcg@10 .*", chosen_by)[0]  # type: ignore[index]
     said = trainer("compare", tmp_path / "circle", "circle", *place.runs)
     line = next(line.split() for line in said.splitlines() if line.startswith("ndcg@10"))
     assert float(line[3]) > 0.3

@@ -20,7 +20,7 @@ from shared.bundle import Bundle, BundleError, current_version
 from shared.catalogue import CatalogueError
 from shared.database import SchemaError
 from trainer import pipeline
-from trainer.compare import CompareError, compare, comparison_table, load_ranks
+from trainer.compare import Asked, CompareError, compare, comparison_table, load_ranks
 from trainer.config import ConfigError, RunConfig, load_config, preset_names, settings
 from trainer.dataset import Dataset, DatasetError, load_dataset
 from trainer.embeddings import check_vectors_file, item_vectors, user_vectors, write_vectors
@@ -194,9 +194,10 @@ def compare_command(
     run_a: Annotated[str, typer.Argument(help="Name of an evaluated run, or the path of its folder.")],
     run_b: Annotated[str, typer.Argument(help="The run that may be better.")],
     runs: Runs = Path("runs"),
+    on: Annotated[Asked, typer.Option(help="validation: to choose by. test: to report, once.")] = "test",
 ) -> None:
     """Is one run better than another? Differences user by user, with bootstrap intervals and permutation tests."""
-    say(comparison_table(compare(*(load_ranks(runs, name) for name in (run_a, run_b)))))
+    say(comparison_table(compare(*(load_ranks(runs, name, on) for name in (run_a, run_b)))))
 
 
 @export_app.command("onnx")

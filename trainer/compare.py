@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from trainer.metrics import Paired, case_values, paired, user_means
 
 COMPARED: Final = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20")
 Texts = NDArray[np.str_]
+Asked = Literal["test", "validation"]
+RANKS: Final[dict[Asked, str]] = {"test": "ranks.npz", "validation": "validation.npz"}
+"""Which held-out events -> the file in a run's folder with the rank of each."""
 
 
 class CompareError(Exception):
@@ -58,10 +61,10 @@ class CaseRanks:
             ) from None
 
 
-def load_ranks(runs: Path, name: str) -> CaseRanks:
+def load_ranks(runs: Path, name: str, asked: Asked = "test") -> CaseRanks:
     """Ranks of the run `name` in `runs`, or of the run folder that `name` is. Raises CompareError."""
     folder = Path(name) if Path(name, "split").is_dir() else runs / name
-    return CaseRanks.load(folder / "split" / "ranks.npz")
+    return CaseRanks.load(folder / "split" / RANKS[asked])
 
 
 def compare(a: CaseRanks, b: CaseRanks) -> dict[str, Paired]:

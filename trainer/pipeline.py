@@ -3,7 +3,7 @@
 Each step leaves its result in the run's folder, so that the commands of the CLI can also be called one by one:
 
     runs/sasrec/split/   config.yaml  started.json  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  epochs.csv
-                         fit.json  metrics.json  baselines.json  ranks.npz  report.json  report.html
+                         fit.json  metrics.json  baselines.json  ranks.npz  validation.npz  report.json  report.html
     runs/sasrec/all/     config.yaml  started.json  last.ckpt  tensorboard/  epochs.csv  fit.json
                          export/{encoder.onnx,vectors.npy,weights.npz,export.json,index.hnsw}
 """
@@ -27,7 +27,7 @@ from shared.events import IntArray
 from shared.popularity import Popularity
 from shared.retrieval import load_index
 from trainer.baselines import rival_ranks
-from trainer.compare import CaseRanks
+from trainer.compare import RANKS, CaseRanks
 from trainer.config import ConfigError, EvaluationConfig, RunConfig, validate
 from trainer.dataset import Cases, Dataset, Sequences, Split, everything
 from trainer.evaluate import TOP, list_ranks, served_metrics
@@ -37,7 +37,7 @@ from trainer.publish import Candidate, Fit, check_gate, measure, publish
 from trainer.report import write_report
 from trainer.sources.config import SqlSource
 from trainer.splits import split_of
-from trainer.train import Fitted, Share, TrainingError, evaluate_torch, fit, load_encoder
+from trainer.train import Fitted, Share, TrainingError, evaluate_torch, fit, load_encoder, torch_ranks
 from trainer.transformer import Encoder
 from trainer.warm import Published
 
@@ -273,7 +273,8 @@ def evaluate(
 ) -> dict[str, Candidate]:
     """Split fits with their test metrics, through a bundle and by torch.
 
-    Each run's folder gets `metrics.json`, `baselines.json`, `ranks.npz` (what `compare` reads) and the report.
+    Each run's folder gets `metrics.json`, `baselines.json`, `ranks.npz` and `validation.npz` (for `compare`), and the
+    report.
     """
     bare = {
         name: Candidate(config, export(model.encoder, config), "split", model.epochs, {})
@@ -297,7 +298,10 @@ def evaluate(
             values["bundle"] = served_metrics(split.test, served[name], split.rule, split.popularity, cutoffs)
             values["torch"] = evaluate_torch(model.encoder, config, split.test)
             ranks = CaseRanks.of(split.test, list_ranks(served[name].free, split.test.target), values["protocol"])
-            ranks.save(run.folder / "ranks.npz")
+            ranks.save(run.folder / RANKS["test"])
+            known, cases = torch_ranks(model.encoder, config, split.validation)
+            chosen_by = CaseRanks.of(cases, known, f"{split.protocol} validation, full ranking, seen filtered, torch")
+            chosen_by.save(run.folder / RANKS["validation"])
             write_report(run.folder, config, split, ranks.rank, values, against.metrics)
         run.write("metrics.json", values)
         run.write("baselines.json", against.metrics)
