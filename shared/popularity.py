@@ -25,8 +25,9 @@ class Popularity:
     @classmethod
     def of_events(cls, item: IntArray, timestamp: IntArray, item_count: int) -> Popularity:
         """Count events; `item` holds item indices (E,), `timestamp` epoch microseconds (E,)."""
-        pairs = np.stack([timestamp // DAY, item])  # (2, E)
-        (day, items), count = np.unique(pairs, axis=1, return_counts=True)
+        # One number a pair: sorting those takes a tenth of the time of sorting pairs.
+        pairs, count = np.unique(timestamp // DAY * (item_count + 1) + item, return_counts=True)
+        day, items = np.divmod(pairs, item_count + 1)
         return cls(day, items, count.astype(np.int64), item_count)
 
     def popular(self, as_of: int, window: int | None = None) -> IntArray:
