@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +11,12 @@ import pytest
 import torch
 
 from tests import ddp_child
+from tests.servers import free_port
 from tests.trained import KINDS, Kind
+from trainer.curves import read_epochs
 from trainer.train import SequenceModel
 
 ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
 
 
 def two_processes(kind: Kind, folder: Path, batch_size: int) -> dict[str, torch.Tensor]:
@@ -56,7 +50,10 @@ def test_two_processes_make_the_gradient_step_of_one(
     alone = ddp_child.gradients(kind, tmp_path / "one", batch_size)
     together = two_processes(kind, tmp_path / "two", batch_size)
     assert alone.keys() == together.keys()
-    assert {name.split()[0] for name in alone} == ({"0"} if batch_size == 64 else {"0", "1"})
+    assert {name.split()[0] for name in alone} == ({"0", "1"} if batch_size == 64 else {"0", "1", "2", "3"})
     for name, gradient in alone.items():
         torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=1e-6)
     assert max(float(g.abs().max()) for g in alone.values()) > 1e-3
+    rows, wanted = (read_epochs(tmp_path / which / kind / "split" / "epochs.csv") for which in ("two", "one"))
+    assert [row["train_loss"] for row in rows] == pytest.approx([row["train_loss"] for row in wanted], rel=0.03)
+    assert [row["val_ndcg@10"] for row in rows] == [row["val_ndcg@10"] for row in wanted]

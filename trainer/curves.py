@@ -27,7 +27,7 @@ class EpochLog(Callback):
         self.began = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
-        """Every scalar that was logged in this epoch, validation included."""
+        """Every scalar that was logged in this epoch, validation included; the first of several processes writes."""
         if not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch + 1

@@ -189,15 +189,9 @@ class SequenceModel(pl.LightningModule):
                 f"the loss is {loss.item()} in epoch {self.current_epoch}: try a smaller training.lr "
                 f"(now {self.config.training.lr}); the last good weights are in {self.trainer.default_root_dir}"
             )
-        self.log(
-            "train_loss",
-            loss.detach(),
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(inputs),
-            sync_dist=self.mine.size > 1,
-        )
+        # Taken together here, in every step: a progress bar asks for it in the first process alone.
+        mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
+        self.log("train_loss", mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(inputs))
         return loss
 
     def _pose(self, rows: Rows) -> tuple[Tensor, Tensor]:
