@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.times import SECOND
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -30,6 +32,8 @@ ItemIndex = int
 
 ID_PATTERN: Final = r"^[A-Za-z0-9_.:@+=~|-]{1,256}$"
 _ID = re.compile(r"[A-Za-z0-9_.:@+=~|-]{1,256}")
+
+MANY: Final = 100_000  # events from which it is worth looking for a faster way to sort
 
 DEFAULT_TYPES: Final = ("view", "click", "play", "read", "like", "rating", "cart", "purchase")
 
@@ -142,7 +146,7 @@ def history_of(events: Events, policy: HistoryPolicy) -> Histories:
         item   7 8 8 9        feeds  1 1 0 1      (the second 8 repeats the first)
         kind   v v v x        seen   1 1 1 0      (type x is not named)  -> feeds 1 1 0 0
     """
-    order = np.lexsort((events.timestamp, events.user))  # (E,) stable in arrival
+    order = by_user_and_time(events.user, events.timestamp)  # (E,) stable in arrival
     user, item, kind = events.user[order], events.item[order], events.kind[order]
     named = np.array([k in policy.sequence_types for k in events.kinds], bool)  # (kinds,)
     marks = np.array([policy.marks_seen(k) for k in events.kinds], bool)
@@ -153,6 +157,20 @@ def history_of(events: Events, policy: HistoryPolicy) -> Histories:
     if policy.collapse_repeats:
         feeds = feeds & first_of_repeats(user, item, feeds)
     return Histories(order, user, item, events.timestamp[order], feeds, seen)
+
+
+def by_user_and_time(user: IntArray, timestamp: IntArray) -> IntArray:
+    """The stable order by (user, timestamp), (E,) positions.
+
+    Of many events both are put into one number where that is large enough, which is sorted in less than half the time.
+    """
+    if len(user) >= MANY:
+        unit = 1 if (timestamp % SECOND).any() else SECOND
+        since, least = int(timestamp.min()), int(user.min())
+        span = (int(timestamp.max()) - since) // unit + 1
+        if (int(user.max()) - least + 1) * span < 2**63:
+            return np.argsort((user - least) * span + (timestamp - since) // unit, kind="stable")
+    return np.lexsort((timestamp, user))
 
 
 def first_of_repeats(user: IntArray, item: IntArray | KeyArray, feeds: BoolArray) -> BoolArray:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shared.events import Events, HistoryPolicy, history_of, is_id, item_key, item_keys
+from shared import events as module
+from shared.events import Events, HistoryPolicy, by_user_and_time, history_of, is_id, item_key, item_keys
 
 KINDS = ("view", "rating", "scroll")
 NAN = float("nan")
@@ -178,3 +179,18 @@ def test_ids_that_can_stand_in_a_url(text: str) -> None:
 @pytest.mark.parametrize("text", ["", ".", "..", "a b", "a/b", "a\n", "é", "x" * 257, "a%20"])
 def test_texts_that_are_no_ids(text: str) -> None:
     assert not is_id(text)
+
+
+@given(
+    st.lists(st.tuples(st.integers(-3, 5), st.integers(-3, 3)), min_size=1, max_size=60),
+    st.sampled_from([1, 1_000_000, 1_500_000, 2**40]),
+    st.sampled_from([0, 2**60]),
+)
+def test_many_events_are_sorted_as_few_are(pairs: list[tuple[int, int]], unit: int, since: int) -> None:
+    """Ties keep the order of arrival, whether user and time fit into one number or not."""
+    user = np.array([u for u, _ in pairs], np.int64) * (1 if since == 0 else 2**40)
+    time = np.array([t for _, t in pairs], np.int64) * unit + since
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MANY", 0)
+        found = by_user_and_time(user, time)
+    assert found.tolist() == sorted(range(len(pairs)), key=lambda i: (user[i], time[i]))
