@@ -162,7 +162,7 @@ class HistoryDown(Unavailable):
 
 
 class LogDown(Unavailable):
-    """The event log takes no events or cannot be read. Nothing was stored."""
+    """The event log takes no events or cannot be read. Nothing was stored, unless the detail says otherwise."""
 
     code, title = "log_unavailable", "Event log unavailable"
     example = "The event log cannot be reached; nothing was stored."

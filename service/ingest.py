@@ -1,7 +1,11 @@
 """Events into the log, and from there to the history cache.
 
-    POST /events ─► one transaction: events + cache_outbox ─► commit ─► cache ─► answer
-                                                                        └─► (later) outbox rows deleted
+    POST /events ─► waiting ─┐
+    POST /events ─► waiting ─┴► one transaction: events + cache_outbox ─► commit ─► cache ─► answers
+                                                                             └─► (later) outbox rows deleted
+
+One transaction of a process is under way at a time, and the next takes all that came meanwhile: nobody waits for
+company, and under load many requests share the price of a commit. Each of them is still all or nothing by itself.
 
 An event is acknowledged after the commit. Its outbox row says "may not have reached the cache" and goes once
 it has. A row that stays (the process died between commit and cache, Redis was down) is found by the sweep of
@@ -12,21 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import uuid
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from json.encoder import encode_basestring_ascii as quoted
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Final, Literal, Self
 
-from sqlalchemy import delete, insert, select, tuple_
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.history import HistoryStore, StoredEvent, database_failures_as
+from service.commit import Identity, Log, Row, WriteFailed, writer_for
+from service.history import HistoryStore, database_failures_as
 from shared import times
 from shared.database import cache_outbox, events
 from shared.events import HistoryPolicy
@@ -40,7 +45,10 @@ OVERDUE: Final = 5 * times.SECOND
 """Age at which an outbox row is taken for one whose worker died or could not reach Redis."""
 SWEEP_ROWS: Final = 1_000
 ATTEMPTS: Final = 3
-_DEADLOCKS: Final = ("40P01", "40001")  # PostgreSQL: deadlock detected, serialization failure
+GROUP_EVENTS: Final = 2_000
+"""Events in one transaction, unless one request alone has more."""
+PATIENCE: Final = 10.0
+"""Seconds after which a request that could not be written is told so."""
 
 
 class EventConflict(Exception):  # noqa: N818 - says what it is
@@ -53,6 +61,10 @@ class EventConflict(Exception):  # noqa: N818 - says what it is
 
 class LogUnavailable(Exception):  # noqa: N818 - says what it is
     """The event log could not be written or read; nothing was acknowledged."""
+
+    def __init__(self, reason: str, *, perhaps_written: bool = False) -> None:
+        super().__init__(reason)
+        self.perhaps_written = perhaps_written  # the answer to a commit was lost, or is still awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +106,78 @@ class LoggedEvent:
 
 _SENT: Final = tuple(NewEvent.__dataclass_fields__)
 _LOGGED: Final = tuple(events.c[name] for name in LoggedEvent.__dataclass_fields__)
-_STORED: Final = tuple(events.c[name] for name in StoredEvent.__dataclass_fields__)
-
-Identity = tuple[str, str]  # (user_id, event_id)
+_DIGESTED: Final = tuple((name, f'"{name}":') for name in sorted(_SENT))
 
 
 def digest_of(event: NewEvent) -> str:
-    """128 bits in hex over the fields as sent: a timestamp left out stays left out, so its retry is equal."""
-    sent = {name: value for name in _SENT if (value := getattr(event, name)) is not None}
-    text = json.dumps(sent, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    """128 bits in hex over the fields as sent: a timestamp left out stays left out, so its retry is equal.
+
+    The text hashed is the event's compact JSON with sorted keys, put together here in a quarter of json.dumps' time.
+    """
+    parts = []
+    for name, key in _DIGESTED:
+        value = getattr(event, name)
+        if value is not None:
+            parts.append(key + (quoted(value) if isinstance(value, str) else repr(value)))
+    return hashlib.blake2b(f"{{{','.join(parts)}}}".encode(), digest_size=16).hexdigest()
+
+
+class _Request:
+    """The events of one request on their way into the log."""
+
+    def __init__(self, sent: Sequence[NewEvent], policy: HistoryPolicy, now: int) -> None:
+        self.policy = policy
+        self.batch = [_row(event, now) for event in sent]
+        self.named = [event.event_id is not None for event in sent]
+        self.done: asyncio.Future[list[Accepted]] = asyncio.get_running_loop().create_future()
+        self.rows: dict[Identity, Row] = {}
+        for row in self.batch:
+            self.rows.setdefault(row.identity, row)
+        # Two events of one id: this request will be refused, but the log decides which of the two is wrong.
+        self.clashes = len(self.rows) < len(sent) and any(self.rows[r.identity].digest != r.digest for r in self.batch)
+
+    def goes_with(self, rows: Mapping[Identity, Row]) -> bool:
+        """Whether it can share a transaction with `rows`, so that none of them decides what becomes of the others."""
+        if self.clashes:
+            return not rows
+        shared = self.rows.keys() & rows.keys()
+        return all(self.rows[identity].digest == rows[identity].digest for identity in shared)
+
+    def conflicts(self, log: Log) -> list[int]:
+        """Positions of events that the log has with other content."""
+        return [at for at, row in enumerate(self.batch) if log[row.identity].digest != row.digest]
+
+    def outcome(self, log: Log, claimed: set[Identity]) -> list[Accepted]:
+        """What became of each event. The first in a group to send a new one claims it; for others it is a duplicate."""
+        found = []
+        for row, named in zip(self.batch, self.named, strict=True):
+            # An id that was given here can be in the log already only by a commit whose answer was lost.
+            new = (log[row.identity].new or not named) and row.identity not in claimed
+            claimed.add(row.identity)
+            found.append(Accepted(row.event_id, "accepted" if new else "duplicate"))
+        return found
+
+    def fail(self, error: Exception) -> None:
+        """Tell the caller, unless it has gone."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class _Refused(Exception):  # noqa: N818 - says what it is
+    """Requests of a group that the log contradicts, with the positions of their events."""
+
+    def __init__(self, requests: dict[_Request, list[int]]) -> None:
+        super().__init__(f"{len(requests)} requests")
+        self.requests = requests
+
+
+def _judge(group: Sequence[_Request], log: Log) -> None:
+    """Raise _Refused if the log contradicts any of the group."""
+    if all(known.new for known in log.values()) and not any(request.clashes for request in group):
+        return
+    refused = {request: found for request in group if (found := request.conflicts(log))}
+    if refused:
+        raise _Refused(refused)
 
 
 class EventLog:
@@ -111,11 +185,10 @@ class EventLog:
 
     def __init__(self, engine: AsyncEngine, histories: HistoryStore) -> None:
         self.engine, self.histories = engine, histories
-        dialect = sqlite if engine.dialect.name == "sqlite" else postgresql
-        self._insert = dialect.insert(events).on_conflict_do_nothing().returning(*_STORED, events.c.event_id)
-        # SQLite has one writer at a time. Waiting in line here costs a third of polling for its lock.
-        on_sqlite = engine.dialect.name == "sqlite"
-        self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if on_sqlite else nullcontext()
+        self._writer = writer_for(engine)
+        self._waiting: deque[_Request] = deque()
+        self._writing: asyncio.Task[None] | None = None
+        self._reaching: set[asyncio.Task[None]] = set()  # groups on their way to the cache
         self._arrived: list[int] = []  # seqs of events that reached the cache
         self._task: asyncio.Task[None] | None = None
 
@@ -131,6 +204,8 @@ class EventLog:
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
+        while tasks := [task for task in (self._writing, *self._reaching) if task is not None]:
+            await asyncio.wait(tasks)
         with suppress(LogUnavailable):  # the rows stay, and are swept later
             await self.flush()
 
@@ -138,21 +213,23 @@ class EventLog:
         """Commit all events or none, then bring them to the cache; what became of each, in order.
 
         `now` (epoch microseconds) is the time of events sent without one. Events without an id get one, and
-        are new events whenever they are sent. Raises EventConflict and LogUnavailable; nothing was written then.
+        are new events whenever they are sent. Raises EventConflict: nothing was written; and LogUnavailable: nothing
+        was, unless it says so.
         """
         if not events:
             return []
-        batch = [_row(event, now) for event in events]
-        accepted, duplicates = await self._write(batch)
-        # Duplicates too: the first try may have died between its commit and the cache.
-        stored = [*accepted.values(), *duplicates]
-        if await self.histories.appended(stored, policy):
-            self._arrived.extend(event.seq for event in stored)
-        results = []
-        for row in batch:  # of two equal events in one batch, the first is the new one
-            status: Literal["accepted", "duplicate"] = "accepted" if accepted.pop(_identity(row), None) else "duplicate"
-            results.append(Accepted(row["event_id"], status))
-        return results
+        request = _Request(events, policy, now)
+        self._waiting.append(request)
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_waiting())
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await request.done
+        except TimeoutError:
+            begun = request not in self._waiting
+            if not begun:
+                self._waiting.remove(request)
+            raise LogUnavailable("the event log does not answer", perhaps_written=begun) from None
 
     async def history(self, user_id: str, limit: int) -> list[LoggedEvent]:
         """The user's newest `limit` events, oldest first. Raises LogUnavailable."""
@@ -186,9 +263,10 @@ class EventLog:
             await self._delete(arrived[start : start + SWEEP_ROWS])
 
     async def _delete(self, seqs: Sequence[int]) -> None:
-        with database_failures_as(LogUnavailable):
-            async with self._turn, self.engine.begin() as connection:
-                await connection.execute(delete(cache_outbox).where(cache_outbox.c.seq.in_(seqs)))
+        try:
+            await self._writer.forget(seqs)
+        except WriteFailed as error:
+            raise LogUnavailable(str(error)) from error
 
     async def _run(self) -> None:
         """Flush and sweep until cancelled; what fails is tried again, for its rows are still there."""
@@ -207,54 +285,88 @@ class EventLog:
             except Exception:  # the task must outlive whatever this is
                 log.exception("the outbox could not be swept")
 
-    async def _write(self, batch: Sequence[dict[str, Any]]) -> tuple[dict[Identity, StoredEvent], list[StoredEvent]]:
-        """Commit the batch: the events that are new, and those the log already had."""
-        for attempt in range(1, ATTEMPTS + 1):
-            with database_failures_as(LogUnavailable):
-                try:
-                    async with self._turn, self.engine.begin() as connection:
-                        return await self._insert_into(connection, batch)
-                except DBAPIError as error:
-                    # Two batches that share events in another order can wait for each other.
-                    if getattr(error.orig, "sqlstate", None) not in _DEADLOCKS or attempt == ATTEMPTS:
-                        raise
-        raise AssertionError("unreachable")
+    async def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                await self._write_group(self._next_group())
+        finally:
+            self._writing = None
 
-    async def _insert_into(
-        self, connection: AsyncConnection, batch: Sequence[dict[str, Any]]
-    ) -> tuple[dict[Identity, StoredEvent], list[StoredEvent]]:
-        rows: dict[Identity, dict[str, Any]] = {}
-        for row in batch:
-            rows.setdefault(_identity(row), row)
-        inserted = (await connection.execute(self._insert, list(rows.values()))).all()
-        accepted = {(row.user_id, row.event_id): StoredEvent(*row[:-1]) for row in inserted}
-        digests = {identity: row["digest"] for identity, row in rows.items()}
-        duplicates = []
-        if missing := rows.keys() - accepted.keys():
-            query = select(*_STORED, events.c.event_id, events.c.digest)
-            query = query.where(tuple_(events.c.user_id, events.c.event_id).in_(sorted(missing)))
-            found = (await connection.execute(query)).all()
-            if len(found) < len(missing):
-                raise LogUnavailable("events were erased while others with their ids were written; try again")
-            digests |= {(row.user_id, row.event_id): row.digest for row in found}
-            duplicates = [StoredEvent(*row[:-2]) for row in found]
-        if clashes := [i for i, row in enumerate(batch) if digests[_identity(row)] != row["digest"]]:
-            raise EventConflict(clashes)
-        if accepted:
-            written = times.now()
-            marks = [{"seq": e.seq, "user_id": e.user_id, "written": written} for e in accepted.values()]
-            await connection.execute(insert(cache_outbox), marks)
-        return accepted, duplicates
+    def _next_group(self) -> list[_Request]:
+        """Take the requests, in the order they came, that one transaction can hold."""
+        group: list[_Request] = []
+        rows: dict[Identity, Row] = {}
+        while self._waiting:
+            request = self._waiting[0]
+            full = group and len(rows) + len(request.rows) > GROUP_EVENTS
+            if full or not request.goes_with(rows):
+                break
+            group.append(self._waiting.popleft())
+            rows |= request.rows
+            if request.clashes:
+                break
+        return group
+
+    async def _write_group(self, group: Sequence[_Request], attempt: int = 1, *, perhaps: bool = False) -> None:
+        """Commit the group and tell each request what became of it; `perhaps` an attempt before this one did."""
+        rows = {identity: row for request in group for identity, row in request.rows.items()}
+        try:
+            found = await self._writer.write(list(rows.values()), partial(_judge, group))
+        except _Refused as refused:
+            for request, positions in refused.requests.items():
+                request.fail(EventConflict(positions))
+            if rest := [request for request in group if request not in refused.requests]:
+                await self._write_group(rest, attempt, perhaps=perhaps)
+        except WriteFailed as error:
+            perhaps |= error.perhaps_written
+            if error.passing and attempt < ATTEMPTS:
+                await self._write_group(group, attempt + 1, perhaps=perhaps)
+                return
+            if perhaps:  # what stands in the cache may lack what stands in the log
+                await self.histories.drop(user_id for user_id, _ in rows)
+            for request in group:
+                request.fail(LogUnavailable(str(error), perhaps_written=perhaps))
+        except Exception as error:
+            for request in group:  # whoever is at fault, it is not all of them
+                if len(group) > 1:
+                    await self._write_group([request])
+                else:
+                    request.fail(error)
+        else:
+            task = asyncio.create_task(self._reach_cache(group, found))
+            self._reaching.add(task)
+            task.add_done_callback(self._reaching.discard)
+
+    async def _reach_cache(self, group: Sequence[_Request], found: Log) -> None:
+        """Bring a committed group to the cache, duplicates too: their first try may have died before that."""
+        try:
+            policies = dict.fromkeys(request.policy for request in group)
+            stored = [known.event for known in found.values()]
+            # Two of them where a bundle brought another just now: the entries of the first are dropped then.
+            reached = [await self.histories.appended(stored, policy) for policy in policies]
+        except Exception as error:
+            for request in group:
+                request.fail(error)
+            return
+        if all(reached):
+            self._arrived.extend(event.seq for event in stored)
+        claimed: set[Identity] = set()
+        for request in group:
+            outcome = request.outcome(found, claimed)
+            if not request.done.done():
+                request.done.set_result(outcome)
 
 
-def _identity(row: dict[str, Any]) -> Identity:
-    return row["user_id"], row["event_id"]
-
-
-def _row(event: NewEvent, now: int) -> dict[str, Any]:
+def _row(event: NewEvent, now: int) -> Row:
     """The event as a row of the log, but for its number."""
-    return {name: getattr(event, name) for name in _SENT} | {
-        "event_id": event.event_id or uuid.uuid4().hex,
-        "timestamp": now if event.timestamp is None else event.timestamp,
-        "digest": digest_of(event),
-    }
+    return Row(
+        event.event_id or uuid.uuid4().hex,
+        event.user_id,
+        event.item_id,
+        event.event_type,
+        event.value,
+        now if event.timestamp is None else event.timestamp,
+        event.recommendation_id,
+        event.session_id,
+        digest_of(event),
+    )

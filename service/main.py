@@ -50,6 +50,11 @@ What next, for a user, from the order of what they did.
   where the time went.
 """
 
+CONNECTIONS: Final = 10
+"""To the database, for each worker: one writes, one follows the catalogue, the others read histories."""
+POOL_SECONDS: Final = 2.0
+"""How long a request waits for one of them to be free."""
+
 TAGS: Final = [
     {"name": "recommendations", "description": "What next?"},
     {"name": "events", "description": "What users did. Stored durably before the answer, seen by the next request."},
@@ -104,7 +109,7 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
             "UPNEXT_REDIS_URL is not set; start with `python -m service`, which brings a Redis, or set it"
         )
     async with AsyncExitStack() as stack:
-        engine = create_engine(settings.database_url)
+        engine = create_engine(settings.database_url, pool_size=CONNECTIONS, max_overflow=0, pool_timeout=POOL_SECONDS)
         stack.push_async_callback(engine.dispose)
         redis = create_redis(settings.redis_url)
         stack.push_async_callback(redis.aclose)

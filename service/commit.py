@@ -1,0 +1,263 @@
+"""The transaction that puts events into the log: as few steps as each database allows, for any number of requests.
+
+    write(rows, judge)   insert rows that are new, look up the others, let `judge` refuse, mark the outbox, commit
+
+`judge` sees what became of every row before the commit and may raise, which writes nothing. Whatever fails in the
+database before the commit is known to have happened is a `WriteFailed`: the events have identities, so that writing
+them again is safe even where the commit went through and only its answer was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, Protocol
+
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from service.history import StoredEvent
+from shared import times
+from shared.database import prepare_sqlite
+
+SECONDS: Final = 5.0
+"""A PostgreSQL that takes longer for one transaction is taken for one that does not answer."""
+_CHUNK: Final = 500
+"""Rows in one statement on SQLite, which takes some 32,000 parameters."""
+_PASSING: Final = ("40P01", "40001")  # PostgreSQL: deadlock detected, serialization failure
+_MISTAKES: Final = ("22", "23")  # PostgreSQL's classes of errors that lie in the data
+
+
+class Row(NamedTuple):
+    """An event as the log stores it, but for its number; the fields are the columns, in their order."""
+
+    event_id: str
+    user_id: str
+    item_id: str
+    event_type: str
+    value: float | None
+    timestamp: int  # epoch microseconds
+    recommendation_id: str | None
+    session_id: str | None
+    digest: str
+
+    @property
+    def identity(self) -> Identity:
+        """What makes it one event, however often it is sent."""
+        return self.user_id, self.event_id
+
+    def stored(self, seq: int) -> StoredEvent:
+        """The event with its number."""
+        return StoredEvent(seq, self.user_id, self.item_id, self.event_type, self.value, self.timestamp)
+
+
+Identity = tuple[str, str]  # (user_id, event_id)
+
+
+class Known(NamedTuple):
+    """What the log has under an identity."""
+
+    event: StoredEvent
+    digest: str
+    new: bool  # by this transaction
+
+
+Log = Mapping[Identity, Known]
+Judge = Callable[[Log], None]
+
+
+class WriteFailed(Exception):  # noqa: N818 - says what it is
+    """The database cannot take the transaction now. What is wrong with the rows themselves is raised as it comes."""
+
+    def __init__(self, reason: str, *, passing: bool = False, perhaps_written: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing  # another try at once may well succeed
+        self.perhaps_written = perhaps_written  # the connection was lost, with whatever was the last word on it
+
+
+class Writer(Protocol):
+    """Writes to the log of one database, one transaction at a time. `rows` have distinct identities."""
+
+    async def write(self, rows: Sequence[Row], judge: Judge) -> Log:
+        """Commit the rows that are new; all rows as the log has them. Raises WriteFailed, and what `judge` raises."""
+
+    async def forget(self, seqs: Sequence[int]) -> None:
+        """Delete rows of the outbox. Raises WriteFailed."""
+
+
+def writer_for(engine: AsyncEngine) -> Writer:
+    """The writer for the engine's database."""
+    return SqliteWriter(engine) if engine.dialect.name == "sqlite" else PostgresWriter(engine)
+
+
+_NAMES: Final = ", ".join(Row._fields)
+_LOOK_UP: Final = "SELECT seq, user_id, item_id, event_type, value, timestamp, event_id, digest FROM events WHERE "
+
+
+def _together(rows: Sequence[Row], seqs: Mapping[Identity, int], found: Sequence[Sequence[object]]) -> Log:
+    """All rows as the log has them: new ones under the number they got, the others as they were looked up."""
+    known = {}
+    for row in rows:
+        if seq := seqs.get(identity := row.identity):
+            known[identity] = Known(row.stored(seq), row.digest, True)
+    for *fields, event_id, digest in found:
+        stored = StoredEvent(*fields)  # type: ignore[arg-type]
+        known[stored.user_id, str(event_id)] = Known(stored, str(digest), False)
+    if len(known) < len(rows):
+        raise WriteFailed("events were erased while others with their ids were written", passing=True)
+    return known
+
+
+# --- PostgreSQL ---------------------------------------------------------------------------------------
+
+_TYPES: Final = ("text", "text", "text", "text", "float8", "int8", "text", "text", "text")
+_UNNEST: Final = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(_TYPES, 1))
+# Arrays: one statement, prepared once, for any number of rows. Numbers are drawn in the order of the sort.
+_INSERT_ALL: Final = f"""
+WITH sent AS (SELECT * FROM unnest({_UNNEST}) WITH ORDINALITY AS sent({_NAMES}, place)),
+     new AS (INSERT INTO events ({_NAMES}) SELECT {_NAMES} FROM sent ORDER BY place
+             ON CONFLICT DO NOTHING RETURNING seq, user_id, event_id),
+     box AS (INSERT INTO cache_outbox (seq, user_id, written) SELECT seq, user_id, ${len(_TYPES) + 1} FROM new)
+SELECT user_id, event_id, seq FROM new
+"""  # noqa: S608 - made of constants
+_FIND_ALL: Final = _LOOK_UP + "(user_id, event_id) IN (SELECT * FROM unnest($1::text[], $2::text[]))"  # noqa: S608
+_FORGET_ALL: Final = "DELETE FROM cache_outbox WHERE seq = ANY($1::int8[])"
+
+
+class PostgresWriter:
+    """Takes a connection of the pool for each transaction."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+
+    async def write(self, rows: Sequence[Row], judge: Judge) -> Log:
+        """See `Writer`."""
+        async with self._transaction() as connection:
+            columns = [list(column) for column in zip(*rows, strict=True)]
+            inserted = await connection.exec_driver_sql(_INSERT_ALL, (*columns, times.now()))
+            seqs: dict[Identity, int] = {(row.user_id, row.event_id): row.seq for row in inserted}
+            missing = [row.identity for row in rows if row.identity not in seqs] if len(seqs) < len(rows) else []
+            wanted = [user_id for user_id, _ in missing], [event_id for _, event_id in missing]
+            found = (await connection.exec_driver_sql(_FIND_ALL, wanted)).all() if missing else []
+            known = _together(rows, seqs, found)
+            judge(known)
+        return known
+
+    async def forget(self, seqs: Sequence[int]) -> None:
+        """See `Writer`."""
+        async with self._transaction() as connection:
+            await connection.exec_driver_sql(_FORGET_ALL, (list(seqs),))
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+        try:
+            async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
+                yield connection
+        except DBAPIError as error:
+            state, lost = getattr(error.orig, "sqlstate", None) or "", error.connection_invalidated
+            if state.startswith(_MISTAKES):
+                raise
+            raise WriteFailed(_reason(error), passing=lost or state in _PASSING, perhaps_written=lost) from error
+        except TimeoutError as error:
+            raise WriteFailed(f"no answer within {SECONDS:.0f} s", perhaps_written=True) from error
+        except (SQLAlchemyError, OSError) as error:  # no connection, or none free
+            raise WriteFailed(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# --- SQLite -------------------------------------------------------------------------------------------
+
+
+class SqliteWriter:
+    """Runs each transaction in one go on a thread of its own: other processes wait for the file meanwhile."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
+        self._connection: sqlite3.Connection | None = None
+        event.listen(engine.sync_engine, "engine_disposed", lambda _: self._thread.submit(self._close).result())
+
+    async def write(self, rows: Sequence[Row], judge: Judge) -> Log:
+        """See `Writer`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._write, rows, judge)
+
+    async def forget(self, seqs: Sequence[int]) -> None:
+        """See `Writer`."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._forget, seqs)
+
+    def _write(self, rows: Sequence[Row], judge: Judge) -> Log:
+        with self._transaction() as connection:
+            # Numbers are given here, so that no row has to be asked for its own; AUTOINCREMENT goes on from them.
+            last = connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'events'").fetchone()[0] or 0
+            inserted = 0
+            for start in range(0, len(rows), _CHUNK):
+                chunk = rows[start : start + _CHUNK]
+                values = [v for seq, row in enumerate(chunk, last + start + 1) for v in (seq, *row)]
+                inserted += connection.execute(_insert(len(chunk)), values).rowcount
+            seqs = {row.identity: seq for seq, row in enumerate(rows, last + 1)}
+            found = self._found(connection, rows, seqs) if inserted < len(rows) else []
+            known = _together(rows, seqs, found)
+            judge(known)
+            mark = "INSERT INTO cache_outbox (seq, user_id, written) SELECT seq, user_id, ? FROM events WHERE seq > ?"
+            connection.execute(mark, (times.now(), last))
+        return known
+
+    @staticmethod
+    def _found(connection: sqlite3.Connection, rows: Sequence[Row], seqs: dict[Identity, int]) -> list[tuple[Any, ...]]:
+        """What the log has under these identities already; the numbers meant for them are dropped from `seqs`."""
+        wanted = json.dumps([row.identity for row in rows])
+        pairs = "(SELECT value ->> 0, value ->> 1 FROM json_each(?))"
+        found = connection.execute(f"{_LOOK_UP} (user_id, event_id) IN {pairs}", (wanted,)).fetchall()
+        former = [row for row in found if row[0] != seqs[row[1], row[6]]]
+        for row in former:
+            del seqs[row[1], row[6]]
+        return former
+
+    def _forget(self, seqs: Sequence[int]) -> None:
+        with self._transaction() as connection:
+            wanted = json.dumps(list(seqs))
+            connection.execute("DELETE FROM cache_outbox WHERE seq IN (SELECT value FROM json_each(?))", (wanted,))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            connection = self._connection = self._connection or self._connect()
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._close()  # which rolls back; the next transaction starts anew, whatever this one has come to
+            if isinstance(error, sqlite3.IntegrityError | sqlite3.DataError):
+                raise
+            raise WriteFailed(_reason(error)) from error
+        except BaseException:
+            if self._connection is not None:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(str(self.engine.url.database), isolation_level=None, cached_statements=256)
+        prepare_sqlite(connection)
+        return connection
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+@lru_cache(maxsize=_CHUNK)
+def _insert(count: int) -> str:
+    """One statement for `count` rows: with a call for each row, the thread would fight for the GIL each time."""
+    place = f"({', '.join('?' * (len(Row._fields) + 1))})"
+    values = ", ".join([place] * count)
+    return f"INSERT INTO events (seq, {_NAMES}) VALUES {values} ON CONFLICT (user_id, event_id) DO NOTHING"  # noqa: S608
