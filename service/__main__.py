@@ -4,6 +4,7 @@ python -m service            run (the default)
 python -m service migrate    bring the database to this release's schema
 python -m service settings   print all settings as a table
 python -m service openapi    print the API description
+python -m service tombstones print who was erased when, as keyed hashes, for trainers that read files
 python -m service key shop read write >> keys    make an API key: its line for the file, and once, the key
 """
 
@@ -30,6 +31,7 @@ from service.redis_child import RedisMissing, start_redis
 from service.settings import PREFIX, Settings, markdown_table
 from shared.bundle import BundleError, current_version
 from shared.database import SchemaError, create_engine, migrate
+from shared.erasure import Tombstones, read_tombstones
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.command == "key":
             return make_key(given.name, given.scopes)
-        commands = {"run": run, "migrate": migrate_only, "settings": print_settings, "openapi": print_openapi}
+        commands = {
+            "run": run,
+            "migrate": migrate_only,
+            "settings": print_settings,
+            "openapi": print_openapi,
+            "tombstones": print_tombstones,
+        }
         return commands[given.command](Settings())
     except ValidationError as error:
         for found in error.errors():
@@ -57,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         ("migrate", "bring the database to this release's schema"),
         ("settings", "print all settings as a table"),
         ("openapi", "print the API description"),
+        ("tombstones", "print who was erased when, as keyed hashes, for trainers that read files"),
         ("key", "make an API key: its line for the file to stdout, the key itself, this once, to stderr"),
     ):
         command = commands.add_parser(name, help=about, description=about)
@@ -76,6 +85,25 @@ def print_settings(_: Settings) -> int:
     """All settings as a table."""
     print(markdown_table())
     return 0
+
+
+def print_tombstones(settings: Settings) -> int:
+    """Who was erased when."""
+    found = asyncio.run(_tombstones(settings.database_url))
+    if found is None:
+        say("The database cannot erase users yet; run: python -m service migrate")
+        return 1
+    print(found.to_json())
+    return 0
+
+
+async def _tombstones(url: str) -> Tombstones | None:
+    engine = create_engine(url)
+    try:
+        async with engine.connect() as connection:
+            return await read_tombstones(connection)
+    finally:
+        await engine.dispose()
 
 
 def make_key(name: str, scopes: list[str]) -> int:

@@ -184,6 +184,14 @@ class HistoryAnswer(BaseModel):
     events: list[StoredEvent]
 
 
+class ErasureAnswer(BaseModel):
+    """The user's events are gone."""
+
+    user_id: str
+    events: int = Field(description="How many were deleted, this time.")
+    erased_at: str = Field(description="Events of the user up to this time are refused from now on.")
+
+
 class ItemAnswer(BaseModel):
     """An item as it is now: the bundle's values with the live catalogue's on top."""
 

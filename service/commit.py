@@ -15,13 +15,14 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple, Protocol
 
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from service.erasure import Question, Refusals
 from service.history import StoredEvent
 from shared import times
 from shared.database import prepare_sqlite
@@ -66,6 +67,7 @@ class Known(NamedTuple):
     event: StoredEvent
     digest: str
     new: bool  # by this transaction
+    erased: int | None = None  # when its user was erased, where that was after the event; epoch microseconds
 
 
 Log = Mapping[Identity, Known]
@@ -100,7 +102,12 @@ _NAMES: Final = ", ".join(Row._fields)
 _LOOK_UP: Final = "SELECT seq, user_id, item_id, event_type, value, timestamp, event_id, digest FROM events WHERE "
 
 
-def _together(rows: Sequence[Row], seqs: Mapping[Identity, int], found: Sequence[Sequence[object]]) -> Log:
+def _together(
+    rows: Sequence[Row],
+    seqs: Mapping[Identity, int],
+    found: Sequence[Sequence[object]],
+    erased: Mapping[Identity, int],
+) -> Log:
     """All rows as the log has them: new ones under the number they got, the others as they were looked up."""
     known = {}
     for row in rows:
@@ -109,6 +116,8 @@ def _together(rows: Sequence[Row], seqs: Mapping[Identity, int], found: Sequence
     for *fields, event_id, digest in found:
         stored = StoredEvent(*fields)  # type: ignore[arg-type]
         known[stored.user_id, str(event_id)] = Known(stored, str(digest), False)
+    for identity, at in erased.items():
+        known[identity] = known[identity]._replace(erased=at)
     if len(known) < len(rows):
         raise WriteFailed("events were erased while others with their ids were written", passing=True)
     return known
@@ -130,11 +139,19 @@ _FIND_ALL: Final = _LOOK_UP + "(user_id, event_id) IN (SELECT * FROM unnest($1::
 _FORGET_ALL: Final = "DELETE FROM cache_outbox WHERE seq = ANY($1::int8[])"
 
 
+def _ask_postgresql(connection: Connection, question: Question, values: list[str]) -> list[tuple[Any, ...]]:
+    """Ask one of the questions of `Refusals`."""
+    query = question.value.replace("{names}", "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()")
+    query = query.replace("{values}", "SELECT unnest($1::text[])")
+    return [tuple(row) for row in connection.exec_driver_sql(query, (values,) if "$1" in query else ())]
+
+
 class PostgresWriter:
     """Takes a connection of the pool for each transaction."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self._refusals = Refusals()
 
     async def write(self, rows: Sequence[Row], judge: Judge) -> Log:
         """See `Writer`."""
@@ -145,7 +162,8 @@ class PostgresWriter:
             missing = [row.identity for row in rows if row.identity not in seqs] if len(seqs) < len(rows) else []
             wanted = [user_id for user_id, _ in missing], [event_id for _, event_id in missing]
             found = (await connection.exec_driver_sql(_FIND_ALL, wanted)).all() if missing else []
-            known = _together(rows, seqs, found)
+            erased = await connection.run_sync(lambda c: self._refusals.among(partial(_ask_postgresql, c), rows))
+            known = _together(rows, seqs, found, erased)
             judge(known)
         return known
 
@@ -177,11 +195,19 @@ def _reason(error: Exception) -> str:
 # --- SQLite -------------------------------------------------------------------------------------------
 
 
+def _ask_sqlite(connection: sqlite3.Connection, question: Question, values: list[str]) -> list[tuple[Any, ...]]:
+    """Ask one of the questions of `Refusals`."""
+    query = question.value.replace("{names}", "SELECT name FROM sqlite_master")
+    query = query.replace("{values}", "SELECT value FROM json_each(?)")
+    return connection.execute(query, (json.dumps(values),) if "?" in query else ()).fetchall()
+
+
 class SqliteWriter:
     """Runs each transaction in one go on a thread of its own: other processes wait for the file meanwhile."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self._refusals = Refusals()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._connection: sqlite3.Connection | None = None
         event.listen(engine.sync_engine, "engine_disposed", lambda _: self._thread.submit(self._close).result())
@@ -205,7 +231,8 @@ class SqliteWriter:
                 inserted += connection.execute(_insert(len(chunk)), values).rowcount
             seqs = {row.identity: seq for seq, row in enumerate(rows, last + 1)}
             found = self._found(connection, rows, seqs) if inserted < len(rows) else []
-            known = _together(rows, seqs, found)
+            erased = self._refusals.among(partial(_ask_sqlite, connection), rows)
+            known = _together(rows, seqs, found, erased)
             judge(known)
             mark = "INSERT INTO cache_outbox (seq, user_id, written) SELECT seq, user_id, ? FROM events WHERE seq > ?"
             connection.execute(mark, (times.now(), last))

@@ -119,6 +119,13 @@ class Conflict(ServiceError):
     example = "An event with this user_id and event_id is in the log with other fields; nothing was stored."
 
 
+class Erased(ServiceError):
+    """An event from before its user was erased."""
+
+    status, code, title = 409, "erased", "User was erased"
+    example = "A user of these events was erased since they happened; nothing was stored."
+
+
 class TooLarge(ServiceError):
     """The body is over the limit."""
 
@@ -166,6 +173,13 @@ class LogDown(Unavailable):
 
     code, title = "log_unavailable", "Event log unavailable"
     example = "The event log cannot be reached; nothing was stored."
+
+
+class SchemaBehind(Unavailable):
+    """The database is at the schema of the release before, which cannot do this."""
+
+    code, title, retry_after = "schema_behind", "Database schema behind", 60
+    example = "The database cannot erase users yet; run: python -m service migrate"
 
 
 class CatalogueDown(Unavailable):
@@ -298,6 +312,8 @@ def _example(kind: type[ServiceError]) -> dict[str, Any]:
     }
     if kind is Invalid:
         value["errors"] = [{"parameter": "n", "detail": "Input should be less than or equal to 100"}]
+    if kind is Erased:
+        value["errors"] = [{"pointer": "/events/0", "detail": "The user was erased at 2026-11-22T10:00:00Z"}]
     if kind is Conflict:
         value["errors"] = [{"pointer": "/events/0", "detail": "The log has this event_id with other fields"}]
     return value

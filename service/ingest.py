@@ -59,6 +59,14 @@ class EventConflict(Exception):  # noqa: N818 - says what it is
         self.positions = positions
 
 
+class EventsErased(Exception):  # noqa: N818 - says what it is
+    """Events from before their user was erased; nothing was written."""
+
+    def __init__(self, positions: dict[int, int]) -> None:
+        super().__init__(f"events at {list(positions)} are from before their user was erased")
+        self.positions = positions  # position -> when the user was erased, epoch microseconds
+
+
 class LogUnavailable(Exception):  # noqa: N818 - says what it is
     """The event log could not be written or read; nothing was acknowledged."""
 
@@ -143,9 +151,14 @@ class _Request:
         shared = self.rows.keys() & rows.keys()
         return all(self.rows[identity].digest == rows[identity].digest for identity in shared)
 
-    def conflicts(self, log: Log) -> list[int]:
-        """Positions of events that the log has with other content."""
-        return [at for at, row in enumerate(self.batch) if log[row.identity].digest != row.digest]
+    def refusal(self, log: Log) -> EventsErased | EventConflict | None:
+        """What the log has against it: events of a user erased since, or that it has with other content."""
+        known = [log[row.identity] for row in self.batch]
+        if erased := {at: one.erased for at, one in enumerate(known) if one.erased is not None}:
+            return EventsErased(erased)
+        if others := [at for at, one in enumerate(known) if one.digest != self.batch[at].digest]:
+            return EventConflict(others)
+        return None
 
     def outcome(self, log: Log, claimed: set[Identity]) -> list[Accepted]:
         """What became of each event. The first in a group to send a new one claims it; for others it is a duplicate."""
@@ -164,18 +177,20 @@ class _Request:
 
 
 class _Refused(Exception):  # noqa: N818 - says what it is
-    """Requests of a group that the log contradicts, with the positions of their events."""
+    """Requests of a group that the log contradicts, each with the reason."""
 
-    def __init__(self, requests: dict[_Request, list[int]]) -> None:
+    def __init__(self, requests: dict[_Request, EventsErased | EventConflict]) -> None:
         super().__init__(f"{len(requests)} requests")
         self.requests = requests
 
 
 def _judge(group: Sequence[_Request], log: Log) -> None:
     """Raise _Refused if the log contradicts any of the group."""
-    if all(known.new for known in log.values()) and not any(request.clashes for request in group):
+    if all(known.new and known.erased is None for known in log.values()) and not any(
+        request.clashes for request in group
+    ):
         return
-    refused = {request: found for request in group if (found := request.conflicts(log))}
+    refused = {request: reason for request in group if (reason := request.refusal(log)) is not None}
     if refused:
         raise _Refused(refused)
 
@@ -213,8 +228,8 @@ class EventLog:
         """Commit all events or none, then bring them to the cache; what became of each, in order.
 
         `now` (epoch microseconds) is the time of events sent without one. Events without an id get one, and
-        are new events whenever they are sent. Raises EventConflict: nothing was written; and LogUnavailable: nothing
-        was, unless it says so.
+        are new events whenever they are sent. Raises EventConflict and EventsErased: nothing was written; and
+        LogUnavailable: nothing was, unless it says so.
         """
         if not events:
             return []
@@ -313,8 +328,8 @@ class EventLog:
         try:
             found = await self._writer.write(list(rows.values()), partial(_judge, group))
         except _Refused as refused:
-            for request, positions in refused.requests.items():
-                request.fail(EventConflict(positions))
+            for request, reason in refused.requests.items():
+                request.fail(reason)
             if rest := [request for request in group if request not in refused.requests]:
                 await self._write_group(rest, attempt, perhaps=perhaps)
         except WriteFailed as error:

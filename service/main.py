@@ -18,13 +18,14 @@ from service.access import Door
 from service.answers import Problem
 from service.bundles import Live
 from service.catalogue import LiveCatalogue
+from service.erasure import Eraser
 from service.history import HistoryStore, create_redis
 from service.ingest import EventLog
 from service.keys import KeyRing
 from service.overload import InFlight
 from service.rates import RateLimit, parse_rate
 from service.recommend import Recommender
-from service.routes import events, items, operations, recommend
+from service.routes import events, items, operations, recommend, users
 from service.routes.dependencies import Services
 from service.settings import Settings
 from service.telemetry import Metrics, Telemetry
@@ -91,7 +92,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
-    for module in (recommend, events, items, operations):
+    for module in (recommend, events, users, items, operations):
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(Door, keys=keys, limit=limit)
@@ -119,7 +120,7 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         live = await stack.enter_async_context(Live(settings, catalogue, metrics))
         recommender = Recommender(live, histories, candidates=settings.candidates, default_model=settings.default_model)
         stack.callback(recommender.bulk.shutdown)
-        yield Services(live, recommender, histories, log, catalogue, metrics)
+        yield Services(live, recommender, histories, log, Eraser(engine, histories), catalogue, metrics)
 
 
 def _complete_description(app: FastAPI) -> None:

@@ -94,6 +94,7 @@ class Metrics:
             "upnext_retrievals_total", "Searches, by the path that answered.", ["path"], registry=registry
         )
         self.events = Counter("upnext_events_total", "Events taken, by outcome.", ["status"], registry=registry)
+        self.erasures = Counter("upnext_erasures_total", "Users erased.", registry=registry)
         self.refused = Counter(
             "upnext_refused_requests_total", "Requests refused because too many were in flight.", registry=registry
         )

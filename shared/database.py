@@ -100,6 +100,28 @@ cache_outbox = Table(
     comment="events that may not have reached the history cache yet; a row goes when its event has",
 )
 
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("user_hash", String(64), primary_key=True, comment="HMAC-SHA256 of the user id, in hex"),
+    Column("erased_at", BigInteger, nullable=False, comment="epoch microseconds; the user's events up to it are gone"),
+)
+
+erased_events = Table(
+    "erased_events",
+    metadata,
+    Column("event_hash", String(64), primary_key=True, comment="HMAC-SHA256 of user id and event id, in hex"),
+    Column("erased_at", BigInteger, nullable=False, comment="epoch microseconds"),
+    comment="events that were a day old at most when their user was erased: a retry without a time is known by it",
+)
+
+erasure_key = Table(
+    "erasure_key",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("key", String(64), nullable=False, comment="one row; 256 bits in hex"),
+)
+
 
 class SchemaError(Exception):
     """A database whose schema does not fit this release."""
@@ -166,11 +188,15 @@ async def migrate(engine: AsyncEngine, revision: str = "head") -> None:
 
 
 async def check_schema(engine: AsyncEngine) -> None:
-    """Raise SchemaError, with the command that helps, unless the database has this release's schema."""
+    """Raise SchemaError, with the command that helps, unless the database has this release's schema or the one before.
+
+    At the one before (0001) everything works but erasure: no user can be erased, and no tombstone is kept.
+    """
     async with engine.connect() as connection:
         found = await connection.run_sync(lambda c: MigrationContext.configure(c).get_current_revision())
-    wanted = ScriptDirectory.from_config(_alembic()).get_current_head()
-    if found != wanted:
+    scripts = ScriptDirectory.from_config(_alembic())
+    wanted = scripts.get_current_head()
+    if found not in (wanted, scripts.get_revision("head").down_revision):
         raise SchemaError(
             f"the database is at schema {found or 'none'}, this release needs {wanted}; run: python -m service migrate"
         )

@@ -147,6 +147,7 @@ EXPECTED = {
     ("POST", "/recommend/batch"): "read",
     ("POST", "/api/recommend/"): "read",
     ("GET", "/users/{user_id}/history"): "read",
+    ("DELETE", "/users/{user_id}"): "admin",
     ("POST", "/events"): "write",
     ("GET", "/items"): "read",
     ("GET", "/items/{item_id}"): "read",

@@ -8,14 +8,26 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import polars as pl
-from sqlalchemy import Table, func, literal, select, update
+from sqlalchemy import Table, delete, func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from shared.database import cache_outbox, catalogue_revision, check_schema, create_engine, events, items, migrate
+from shared import times
+from shared.database import (
+    cache_outbox,
+    catalogue_revision,
+    check_schema,
+    create_engine,
+    erasures,
+    events,
+    items,
+    migrate,
+)
+from shared.erasure import Tombstones, pseudonym, read_tombstones
 from trainer.sources import RawData, UnavailableError
+from trainer.sources.erased import without_erased
 
 CHUNK: Final = 2_000
 LOADED: Final = "loaded"
@@ -39,7 +51,10 @@ async def seed_log(raw: RawData, url: str, say: Callable[[str], None]) -> int:
         await migrate(engine)
         await check_schema(engine)
         await _seed_items(engine, raw)
-        return await _seed_events(engine, raw, say)
+        started = times.now() - 60 * times.SECOND  # clocks differ
+        async with engine.connect() as connection:
+            tombstones = await read_tombstones(connection) or Tombstones(b"")
+        return await _seed_events(engine, without_erased(raw, tombstones), tombstones.key, started, say)
     except (SQLAlchemyError, OSError) as error:
         shown = engine.url.render_as_string(hide_password=True)
         raise UnavailableError(f"the log {shown} cannot be written: {str(error).partition(chr(10))[0]}") from None
@@ -67,12 +82,13 @@ async def _seed_items(engine: AsyncEngine, raw: RawData) -> None:
             await connection.execute(upsert, rows[start : start + CHUNK])
 
 
-async def _seed_events(engine: AsyncEngine, raw: RawData, say: Callable[[str], None]) -> int:
+async def _seed_events(engine: AsyncEngine, raw: RawData, key: bytes, started: int, say: Callable[[str], None]) -> int:
     insert, new = _insert(engine, events).on_conflict_do_nothing(), 0
     for done, rows in _event_chunks(raw):
         async with engine.begin() as connection:
             before = (await connection.execute(select(func.max(events.c.seq)))).scalar_one() or 0
             await connection.execute(insert, rows)
+            await _take_back(connection, before, key, started)
             loaded = (events.c.seq > before, events.c.digest == LOADED)
             new += (await connection.execute(select(func.count()).where(*loaded))).scalar_one()
             # Entries of these users in the history cache lack the events: the service's sweep drops them.
@@ -82,6 +98,18 @@ async def _seed_events(engine: AsyncEngine, raw: RawData, say: Callable[[str], N
         if done % 100_000 < CHUNK:
             say(f"  {done:,} of {raw.events.height:,} events")
     return new
+
+
+async def _take_back(connection: AsyncConnection, before: int, key: bytes, started: int) -> None:
+    """Delete rows after `before` of users who were erased since the load began: they wait for us, or we for them."""
+    fresh = select(erasures.c.user_hash, erasures.c.erased_at).where(erasures.c.erased_at >= started)
+    if not (erased := {row.user_hash: row.erased_at for row in await connection.execute(fresh)}):
+        return
+    loaded = (events.c.seq > before, events.c.digest == LOADED)
+    for user in (await connection.execute(select(events.c.user_id).where(*loaded).distinct())).scalars().all():
+        if (at := erased.get(pseudonym(key, user))) is not None:
+            gone = (*loaded, events.c.user_id == user, events.c.timestamp <= at)
+            await connection.execute(delete(events).where(*gone))
 
 
 def _event_chunks(raw: RawData) -> Iterator[tuple[int, list[dict[str, Any]]]]:

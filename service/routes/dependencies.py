@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from service.bundles import Live
 from service.catalogue import LiveCatalogue
+from service.erasure import Eraser
 from service.history import HistoryStore
 from service.ingest import EventLog
 from service.recommend import Recommender
@@ -33,6 +34,7 @@ class Services:
     recommender: Recommender
     histories: HistoryStore
     log: EventLog
+    eraser: Eraser
     catalogue: LiveCatalogue
     metrics: Metrics
 

@@ -11,7 +11,7 @@ from service import errors
 from service.answers import EventsAnswer, HistoryAnswer
 from service.bundles import Live
 from service.errors import Fault
-from service.ingest import Accepted, EventConflict, LogUnavailable, NewEvent
+from service.ingest import Accepted, EventConflict, EventsErased, LogUnavailable, NewEvent
 from service.routes.dependencies import NO_PARAMETERS, ServicesOf, TraceOf, UserPath, answer, described, query_of
 from service.schemas import EXAMPLE_EVENT, EventBody, EventOrEvents, EventsBody, HistoryParameters
 from shared.times import SECOND, now, render
@@ -38,7 +38,13 @@ _EXAMPLES: dict[str, Any] = {
     summary="Tell what users did",
     dependencies=NO_PARAMETERS,
     responses=errors.responses(
-        errors.Malformed, errors.Conflict, errors.TooLarge, errors.Invalid, errors.LogDown, errors.Overloaded
+        errors.Malformed,
+        errors.Conflict,
+        errors.Erased,
+        errors.TooLarge,
+        errors.Invalid,
+        errors.LogDown,
+        errors.Overloaded,
     ),
 )
 async def take_events(
@@ -59,6 +65,9 @@ async def take_events(
     except EventConflict as conflict:
         detail = "An event with this user_id and event_id has other fields"
         raise errors.Conflict(errors=[_at(base, i, "", detail) for i in conflict.positions]) from conflict
+    except EventsErased as erased:
+        faults = [_at(base, i, "", f"The user was erased at {render(at)}") for i, at in erased.positions.items()]
+        raise errors.Erased(errors=faults) from erased
     except LogUnavailable as error:
         raise errors.LogDown(PERHAPS if error.perhaps_written else None) from error
     accepted = sum(one.status == "accepted" for one in taken)

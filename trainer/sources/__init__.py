@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from shared.erasure import Tombstones, TombstonesError
 from trainer.sources.clean import below_minimum, filter_min_interactions
 from trainer.sources.config import MinInteractions, SourceConfig
+from trainer.sources.erased import without_erased
 from trainer.sources.errors import (
     EmptySourceError,
     InvalidSourceError,
@@ -65,11 +68,21 @@ def parse_source(entries: Mapping[str, object]) -> SourceConfig:
 
 
 def load_source(config: SourceConfig) -> RawData:
-    """Read a source; leave out users and items below `min_interactions`.
+    """Read a source; leave out what was erased, and users and items below `min_interactions`.
 
     Raises a SourceError whose message says what to do.
     """
-    return _with_minimum(SOURCES[config.kind](config), config.min_interactions)
+    raw = SOURCES[config.kind](config)
+    if config.tombstones is not None:
+        raw = without_erased(raw, _read_tombstones(config.tombstones))
+    return _with_minimum(raw, config.min_interactions)
+
+
+def _read_tombstones(file: Path) -> Tombstones:
+    try:
+        return Tombstones.of_file(file)
+    except TombstonesError as error:
+        raise InvalidSourceError(f"data.source.tombstones: {error}") from error
 
 
 def _with_minimum(raw: RawData, minimum: MinInteractions) -> RawData:

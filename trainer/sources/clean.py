@@ -126,7 +126,7 @@ def clean_items(
         pl.col("gone").fill_null(value=False).alias("withdrawn"),
     )
     unique = items if several_rows else items.unique("item_id", keep="first", maintain_order=True)
-    report = _leave_out(report, "the item was declared before", items.height - unique.height)
+    report = leave_out(report, "the item was declared before", items.height - unique.height)
     return Cleaned(unique.cast(ITEMS_SCHEMA), report, tuple(notes))
 
 
@@ -153,10 +153,11 @@ def filter_min_interactions(events: pl.DataFrame, users: int = 1, items: int = 1
 
 def below_minimum(report: TableReport, dropped: int) -> TableReport:
     """The report after `min_interactions` took `dropped` events."""
-    return _leave_out(report, BELOW_MINIMUM, dropped)
+    return leave_out(report, BELOW_MINIMUM, dropped)
 
 
-def _leave_out(report: TableReport, reason: str, rows: int) -> TableReport:
+def leave_out(report: TableReport, reason: str, rows: int) -> TableReport:
+    """The report after `rows` kept so far were left out for `reason`."""
     if not rows:
         return report
     left_out = {**report.left_out, reason: rows}

@@ -41,6 +41,8 @@ class _Source(_Strict):
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Largest share of bad rows in any one file or table; above it the run stops."""
     min_interactions: MinInteractions = MinInteractions()
+    tombstones: Path | None = None
+    """File that `python -m service tombstones` wrote: events of users erased since are left out."""
 
 
 class MovieLens100KSource(_Source):

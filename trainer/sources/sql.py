@@ -13,8 +13,10 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared import database, times
+from shared.erasure import Tombstones, read_tombstones
 from trainer.sources.clean import CATEGORY, clean_events, clean_items
 from trainer.sources.config import SqlSource
+from trainer.sources.erased import without_erased
 from trainer.sources.errors import InvalidSourceError, MissingFileError, UnavailableError
 from trainer.sources.report import EVENTS_SCHEMA, NO_TIMES, RawData, SourceReport
 from trainer.sources.tables import Table
@@ -41,7 +43,7 @@ def load_sql(config: SqlSource) -> RawData:
     url = _parse(config.url.get_secret_value())
     shown = url.set(query={}).render_as_string(hide_password=True)  # a query can hold a password too
     try:
-        log, catalogue = asyncio.run(_read(url, config.chunk_rows))
+        log, catalogue, tombstones = asyncio.run(_read(url, config.chunk_rows))
     except (SQLAlchemyError, OSError) as error:
         reason = str(error).partition("\n")[0]
         for secret in (url.password, url.query.get("password")):
@@ -57,11 +59,11 @@ def load_sql(config: SqlSource) -> RawData:
     newest = events.frame["timestamp"].max()
     has_times = isinstance(newest, int) and newest >= times.UNDATED
     if has_times:
-        return RawData(shown, events.frame, items.frame, report, has_times=True)
+        return without_erased(RawData(shown, events.frame, items.frame, report, has_times=True), tombstones)
     # Loaded from files without times, and nothing has come since: the order of the log is all there is.
     timeless = events.frame.with_columns(timestamp=pl.lit(None, pl.Int64))
     report = replace(report, notes=(*report.notes, NO_TIMES))
-    return RawData(shown, timeless, items.frame, report, has_times=False)
+    return without_erased(RawData(shown, timeless, items.frame, report, has_times=False), tombstones)
 
 
 def _parse(url: str) -> URL:
@@ -78,11 +80,13 @@ def _parse(url: str) -> URL:
     return parsed
 
 
-async def _read(url: URL, chunk_rows: int) -> tuple[Table, Table]:
+async def _read(url: URL, chunk_rows: int) -> tuple[Table, Table, Tombstones]:
     engine = database.plain_engine(url)
     try:
         async with engine.connect() as connection:
-            return await _read_log(connection, chunk_rows), await _read_catalogue(connection)
+            log, catalogue = await _read_log(connection, chunk_rows), await _read_catalogue(connection)
+            # Last: who is erased while the log is read is left out too.
+            return log, catalogue, await read_tombstones(connection) or Tombstones(b"")
     finally:
         await engine.dispose()
 

@@ -1,0 +1,143 @@
+"""Erasing a user: the events, the cached history, and what keeps both from coming back.
+
+    one transaction: writers waited for ─► outbox row ─► events deleted ─► tombstone ─► commit ─► cache entry dropped
+                                               └─► (after 5 s, by any worker) dropped again, outbox row deleted
+
+An event that was committed just before may reach the cache just after; the second drop takes it away again.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import Table, delete, insert, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from service.history import HistoryStore, database_failures_as
+from shared import times
+from shared.database import cache_outbox, erased_events, erasures, events
+from shared.erasure import has_erasure, pseudonym, read_key
+
+if TYPE_CHECKING:
+    from service.commit import Identity, Row
+
+RETRIES: Final = times.DAY
+"""How old an event may be whose retry, sent without a time, is still known after its user was erased."""
+_CHUNK: Final = 1_000
+
+
+class ErasureUnavailable(Exception):  # noqa: N818 - says what it is
+    """The database cannot be reached or is busy; nothing was erased."""
+
+
+class ErasureUnknown(Exception):  # noqa: N818 - says what it is
+    """The database is at a schema without erasure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """What was done."""
+
+    events: int
+    erased_at: int  # epoch microseconds
+
+
+class Eraser:
+    """Erases users."""
+
+    def __init__(self, engine: AsyncEngine, histories: HistoryStore) -> None:
+        self.engine, self.histories = engine, histories
+        self._dialect = sqlite if engine.dialect.name == "sqlite" else postgresql
+
+    async def erase(self, user_id: str) -> Erasure:
+        """Erase all events of the user; again, those that came since. Raises ErasureUnavailable, ErasureUnknown."""
+        with database_failures_as(ErasureUnavailable):
+            async with self.engine.begin() as connection:
+                if not await has_erasure(connection):
+                    raise ErasureUnknown
+            async with self.engine.begin() as connection:
+                done = await self._erase(connection, user_id)
+        await self.histories.drop([user_id])  # if Redis is down, this process and the sweep of the outbox see to it
+        return done
+
+    async def _erase(self, connection: AsyncConnection, user_id: str) -> Erasure:
+        await self._wait_for_writers(connection)
+        # Below zero: no event has such a number, and no worker takes the row for one that reached the cache.
+        row = {"seq": -1 - secrets.randbelow(2**53), "user_id": user_id, "written": times.now()}
+        await connection.execute(delete(cache_outbox).where(cache_outbox.c.user_id == user_id))
+        await connection.execute(insert(cache_outbox), [row])
+        gone = delete(events).where(events.c.user_id == user_id).returning(events.c.event_id, events.c.timestamp)
+        rows = (await connection.execute(gone)).all()
+        now, key = times.now(), await read_key(connection)
+        erased_at = max([now, *(row.timestamp for row in rows)])  # clocks differ by seconds
+        mark = {"user_hash": pseudonym(key, user_id), "erased_at": erased_at}
+        await self._keep_later(connection, erasures, [mark])
+        fresh = [row.event_id for row in rows if row.timestamp >= now - RETRIES]
+        traces = [{"event_hash": pseudonym(key, user_id, event), "erased_at": now} for event in fresh]
+        await connection.execute(delete(erased_events).where(erased_events.c.erased_at < now - RETRIES))
+        await self._keep_later(connection, erased_events, traces)
+        return Erasure(len(rows), erased_at)
+
+    async def _wait_for_writers(self, connection: AsyncConnection) -> None:
+        """From here to the commit nobody else inserts events. Whoever does so next sees the tombstone."""
+        if self._dialect is postgresql:
+            await connection.execute(text("SET LOCAL lock_timeout = '2s'"))
+            await connection.execute(text("LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE"))
+        # SQLite has one writer at a time: the delete that comes next makes it us, up to the commit.
+
+    async def _keep_later(self, connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+        upsert = self._dialect.insert(table)
+        upsert = upsert.on_conflict_do_update(
+            index_elements=list(table.primary_key),
+            set_={"erased_at": upsert.excluded.erased_at},
+            where=table.c.erased_at < upsert.excluded.erased_at,
+        )
+        for start in range(0, len(rows), _CHUNK):
+            await connection.execute(upsert, list(rows[start : start + _CHUNK]))
+
+
+class Question(Enum):
+    """What `Refusals` asks of the database that it is used on; `{values}` and `{names}` are that database's words."""
+
+    READY = "SELECT 1 WHERE 'erasure_key' IN ({names})"
+    KEY = "SELECT key FROM erasure_key"
+    USERS = "SELECT user_hash, erased_at FROM erasures WHERE user_hash IN ({values})"
+    EVENTS = "SELECT event_hash FROM erased_events WHERE event_hash IN ({values})"
+
+
+Ask = Callable[[Question, list[str]], list[tuple[Any, ...]]]
+
+
+class Refusals:
+    """Which events must not be written, because their user was erased since."""
+
+    def __init__(self) -> None:
+        self._key: bytes | None = None
+
+    def among(self, ask: Ask, rows: Sequence[Row]) -> dict[Identity, int]:
+        """(user, event) -> when the user was erased, of each row that is refused.
+
+        `ask` asks in the writing transaction, after its insert: before that an erasure may still be under way.
+        """
+        if self._key is None:
+            if not ask(Question.READY, []):
+                return {}  # schema 0001
+            self._key = bytes.fromhex(ask(Question.KEY, [])[0][0])
+        key = self._key
+        users = {pseudonym(key, user): user for user in {row.user_id for row in rows}}
+        erased = {users[hashed]: int(at) for hashed, at in ask(Question.USERS, list(users))}
+        if not erased:
+            return {}
+        of_erased = [row for row in rows if row.user_id in erased]
+        hashes = [pseudonym(key, *row.identity) for row in of_erased]
+        gone = {hashed for (hashed,) in ask(Question.EVENTS, hashes)}
+        return {
+            row.identity: erased[row.user_id]
+            for row, hashed in zip(of_erased, hashes, strict=True)
+            if row.timestamp <= erased[row.user_id] or hashed in gone
+        }
