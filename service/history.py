@@ -42,7 +42,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -461,6 +461,16 @@ class HistoryStore:
         """Drop entries, so that the next reads rebuild them; True if Redis took all of it."""
         users = list(dict.fromkeys(user_ids))
         return await self._change(users, [], drop=users)
+
+    async def drop_all(self) -> bool:
+        """Drop all entries of all users, whatever their epoch: the log was replaced. True if Redis took all of it."""
+        try:
+            async for key in self._line.redis.scan_iter(match="upnext:????????:{*", count=1_000):
+                await self._line.redis.delete(key)
+        except (RedisError, OSError) as error:
+            log.warning("the cached histories cannot be dropped now: %r", error)
+            return False
+        return True
 
     async def ping(self) -> bool:
         """Whether Redis is usable right now."""

@@ -33,7 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from service.commit import Identity, Log, Row, WriteFailed, writer_for
 from service.history import HistoryStore, database_failures_as
 from shared import times
-from shared.database import cache_outbox, events
+from shared.database import EVERYBODY, cache_outbox, events
 from shared.events import HistoryPolicy
 
 log = logging.getLogger(__name__)
@@ -265,7 +265,10 @@ class EventLog:
         with database_failures_as(LogUnavailable):
             async with self.engine.connect() as connection:
                 rows = (await connection.execute(query.limit(SWEEP_ROWS))).all()
-        if not rows or not await self.histories.drop(row.user_id for row in rows):
+        users = {row.user_id for row in rows}
+        if EVERYBODY in users and not await self.histories.drop_all():
+            return 0
+        if not rows or not await self.histories.drop(users - {EVERYBODY}):
             return 0
         await self._delete([row.seq for row in rows])
         log.info("dropped cached histories that %d events had not reached", len(rows))

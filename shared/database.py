@@ -7,7 +7,7 @@ The schema changes by Alembic revisions alone (`shared/migrations`), applied by 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlencode
 
 from alembic import command
@@ -99,6 +99,9 @@ cache_outbox = Table(
     Column("written", BigInteger, nullable=False, comment="epoch microseconds"),
     comment="events that may not have reached the history cache yet; a row goes when its event has",
 )
+
+EVERYBODY: Final = ""
+"""In place of a user in `cache_outbox`: all cached histories are to be dropped. No user has this id."""
 
 erasures = Table(
     "erasures",

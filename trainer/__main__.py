@@ -20,6 +20,7 @@ from shared.bundle import Bundle, BundleError, current_version
 from shared.catalogue import CatalogueError
 from shared.database import SchemaError
 from trainer import pipeline
+from trainer.backup import BackupError, backup, restore
 from trainer.compare import Asked, CompareError, compare, comparison_table, load_ranks
 from trainer.config import ConfigError, RunConfig, load_config, preset_names, settings
 from trainer.dataset import Dataset, DatasetError, load_dataset
@@ -37,8 +38,8 @@ from trainer.train import Share, TrainingError
 from trainer.warm import WarmStartError
 
 KNOWN_ERRORS = (
-    BundleError, CatalogueError, CompareError, ConfigError, DatasetError, ExportError, PublishRefusedError, SchemaError,
-    SourceError, TrainingError, WarmStartError,
+    BackupError, BundleError, CatalogueError, CompareError, ConfigError, DatasetError, ExportError, PublishRefusedError,
+    SchemaError, SourceError, TrainingError, WarmStartError,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -77,6 +78,10 @@ Bundles = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Publish even if popularity or the live bundle is better.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training.")]
 BundleModel = Annotated[str | None, typer.Option("--model", help="Model in the bundle; its default one otherwise.")]
+LOG = "sqlite:///var/upnext.db"
+Database = Annotated[
+    str, typer.Option("--database-url", envvar="UPNEXT_DATABASE_URL", help="SQLAlchemy URL of the service's log.")
+]
 Which = Annotated[Fit, typer.Option("--fit", help="split: held-out events stay unseen. all: every event.")]
 
 
@@ -314,9 +319,7 @@ def data_describe(presets: Presets) -> None:
 @data_app.command("load")
 def data_load(
     presets: Presets,
-    database: Annotated[
-        str, typer.Option("--database-url", envvar="UPNEXT_DATABASE_URL", help="SQLAlchemy URL of the log.")
-    ] = "sqlite:///var/upnext.db",
+    database: Database = LOG,
 ) -> None:
     """Load a preset's events and items into the service's log and catalogue; a second load stores nothing twice."""
     config = configs_of(presets)[0]
@@ -324,6 +327,26 @@ def data_load(
     show(raw)
     loaded = asyncio.run(seed_log(raw, database, say))
     say(f"{loaded:,} events are new in the log, {raw.events.height - loaded:,} were there already")
+
+
+@data_app.command("backup")
+def data_backup(
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")], database: Database = LOG
+) -> None:
+    """Write the service's log and catalogue to a folder of Parquet files, as of one moment."""
+    asyncio.run(backup(database, folder, say))
+
+
+@data_app.command("restore")
+def data_restore(
+    folder: Annotated[Path, typer.Argument(help="Folder that `data backup` wrote.")],
+    database: Database = LOG,
+    tombstones: Annotated[
+        Path | None, typer.Option(help="File that `python -m service tombstones` wrote after the backup.")
+    ] = None,
+) -> None:
+    """Put a backup into an empty database, without what was erased since; stop the service before."""
+    asyncio.run(restore(database, folder, say, tombstones=tombstones))
 
 
 def main() -> None:
