@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +213,8 @@ def problem(error: ServiceError, instance: str, headers: Mapping[str, str] | Non
     return response
 
 
-def install(app: FastAPI) -> None:
-    """Send every error of `app` as a problem, the framework's own ones too."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Send every error of `app` as a problem, the framework's own ones too. `routes` are all that answer here."""
 
     async def known(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)  # noqa: S101 - registered for it alone
@@ -225,11 +226,20 @@ def install(app: FastAPI) -> None:
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
-        return problem(of_status(error.status_code, str(error.detail)), request.url.path, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods(request, routes))  # the framework has those of one route alone
+        return problem(of_status(error.status_code, str(error.detail)), request.url.path, headers)
 
     app.add_exception_handler(ServiceError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, framework)
+
+
+def _methods(request: Request, routes: Iterable[BaseRoute]) -> list[str]:
+    """What any route takes on this path."""
+    found = (route for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in found for method in getattr(route, "methods", None) or ()})
 
 
 def of_status(status: int, detail: str) -> ServiceError:

@@ -92,9 +92,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
-    for module in (recommend, events, users, items, operations):
-        app.include_router(module.router)
-    errors.install(app)
+    routers = [module.router for module in (recommend, events, users, items, operations)]
+    for router in routers:
+        app.include_router(router)
+    errors.install(app, [route for router in routers for route in router.routes])
     app.add_middleware(Door, keys=keys, limit=limit)
     app.add_middleware(InFlight, limit=settings.max_in_flight, metrics=metrics)
     app.add_middleware(Telemetry, metrics=metrics)  # outermost: it tells of refused requests too

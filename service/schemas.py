@@ -62,7 +62,14 @@ def _strings(values: object) -> object:
         return values
     if not all(isinstance(v, list) and all(isinstance(value, str) for value in v) for v in values.values()):
         raise ValueError('write {"genre": ["Comedy", "Drama"]} or ["genre:Comedy", "genre:Drama"]')
+    if any(":" in name for name in values):
+        raise ValueError("the name of a field has no colon")
     return [f"{name}:{value}" for name, listed in values.items() for value in listed]
+
+
+def _whole(value: object) -> object:
+    """JSON knows no integers: 5.0 is 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _storable(text: str) -> str:
@@ -78,7 +85,10 @@ def _category(text: str) -> str:
     return text
 
 
-Id = Annotated[str, Field(pattern=ID_PATTERN), AfterValidator(_not_dots)]
+# What a pattern can say of "." and ".." stands in the description alone: pydantic's own patterns cannot look ahead.
+_ID_IN_DESCRIPTION: Final = {"pattern": ID_PATTERN.replace("^", r"^(?!\.{1,2}$)", 1)}
+Whole = Annotated[int, BeforeValidator(_whole)]
+Id = Annotated[str, Field(pattern=ID_PATTERN, json_schema_extra=_ID_IN_DESCRIPTION), AfterValidator(_not_dots)]
 Time = Annotated[
     int,
     BeforeValidator(_parse_time),
@@ -89,7 +99,13 @@ AsOfField = Annotated[
     BeforeValidator(_parse_as_of),
     WithJsonSchema({"type": "string", "examples": ["2026-11-21T10:00:00Z", "last_event"]}),
 ]
-Category = Annotated[str, Field(max_length=256), AfterValidator(_storable), AfterValidator(_category)]
+_CATEGORY_IN_DESCRIPTION: Final = {"pattern": "^[^:\\u0000]+:[^\\u0000]+$"}
+Category = Annotated[
+    str,
+    Field(max_length=256, json_schema_extra=_CATEGORY_IN_DESCRIPTION),
+    AfterValidator(_storable),
+    AfterValidator(_category),
+]
 
 _AS_OF = (
     "Answer as of this time (RFC 3339 with offset): only items that exist then, only events up to then. `last_event` "
@@ -103,6 +119,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class StrictBody(Strict):
+    """JSON has types of its own: a text is no number, and 0 is not false."""
+
+    model_config = ConfigDict(strict=True)
+
+
 class NoParameters(Strict):
     """For routes without query parameters."""
 
@@ -112,7 +134,7 @@ class NoParameters(Strict):
 
 class _Wishes(Strict):
     model: str | None = Field(None, max_length=64, description="A model of the live bundle. Absent: the default one.")
-    n: int = Field(10, ge=1, le=MAX_N, description="How many items. Fewer come back only when fewer are permitted.")
+    n: Whole = Field(10, ge=1, le=MAX_N, description="How many items. Fewer come back only when fewer are permitted.")
     as_of: AsOfField | None = Field(None, description=_AS_OF)
     exclude_seen: bool = Field(True, description="Leave out everything in the user's history, however long ago.")
     exclude: list[Id] = Field(default=[], max_length=MAX_EXCLUDE, description="Item ids to leave out; repeatable.")
@@ -169,7 +191,7 @@ class RecommendParameters(_Wishes):
         return Question(user_id=user_id, require_seen=self.require_seen, **self.wishes())
 
 
-class BatchBody(_Wishes):
+class BatchBody(_Wishes, StrictBody):
     """The body of `POST /recommend/batch`."""
 
     model_config = ConfigDict(
@@ -189,18 +211,18 @@ class BatchBody(_Wishes):
         return Question(require_seen=self.require_seen, in_body=True, **self.wishes())
 
 
-class OlderBody(Strict):
+class OlderBody(StrictBody):
     """The body of `POST /api/recommend/`."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"user_id": 1, "model": "sasrec"}, {"user_id": "u-1", "n": 5}]}
     )
 
-    user_id: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | Id = Field(
-        description='A number counts as its digits: 1 and "1" are one user.'
+    user_id: Annotated[int, Field(strict=True, gt=-(2**53), lt=2**53), BeforeValidator(_whole)] | Id = Field(
+        description='A number counts as its digits: 1 and "1" are one user. A larger number is sent as text.'
     )
     model: str | None = Field(None, max_length=64, description="A model of the live bundle. Absent: the default one.")
-    n: int = Field(10, ge=1, le=MAX_N, description="How many items.")
+    n: Whole = Field(10, ge=1, le=MAX_N, description="How many items.")
 
     def question(self) -> Question:
         """As the domain has it."""
@@ -211,11 +233,11 @@ class SimilarParameters(Strict):
     """The query of `GET /items/{item_id}/similar`."""
 
     model: str | None = Field(None, max_length=64, description="A model of the live bundle. Absent: the default one.")
-    n: int = Field(10, ge=1, le=MAX_N, description="How many items. Fewer come back only when fewer are permitted.")
+    n: Whole = Field(10, ge=1, le=MAX_N, description="How many items. Fewer come back only when fewer are permitted.")
     as_of: Time | None = Field(None, description="Only items that exist at this time. Absent: now.")
 
 
-class HistoryEntry(Strict):
+class HistoryEntry(StrictBody):
     """One place of a history that the caller brings, with its time."""
 
     item_id: Id
@@ -232,7 +254,7 @@ def _one_list(schema: dict[str, Any]) -> None:
     schema |= {"type": "array", "maxItems": MAX_HISTORY, "items": {"anyOf": [branch["items"] for branch in branches]}}
 
 
-class RecommendBody(_Wishes):
+class RecommendBody(_Wishes, StrictBody):
     """The body of `POST /recommend`."""
 
     model_config = ConfigDict(
@@ -293,7 +315,7 @@ EXAMPLE_EVENT: Final[dict[str, JsonValue]] = {
 }
 
 
-class EventBody(Strict):
+class EventBody(StrictBody):
     """One event."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_EVENT]})
@@ -308,7 +330,7 @@ class EventBody(Strict):
     session_id: Id | None = None
 
 
-class EventsBody(Strict):
+class EventsBody(StrictBody):
     """Several events; all are stored or none."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"events": [EXAMPLE_EVENT]}]})
@@ -341,7 +363,7 @@ class PageParameters(Strict):
     limit: int = Field(100, ge=1, le=1000, description="Items on a page.")
 
 
-class ItemBody(Strict):
+class ItemBody(StrictBody):
     """What is to hold for an item. A field that is absent or null leaves what the bundle says."""
 
     model_config = ConfigDict(
@@ -357,7 +379,12 @@ class ItemBody(Strict):
         }
     )
 
-    title: Annotated[str, Field(max_length=1000), AfterValidator(_storable)] | None = None
+    title: (
+        Annotated[
+            str, Field(max_length=1000, json_schema_extra={"pattern": "^[^\\u0000]*$"}), AfterValidator(_storable)
+        ]
+        | None
+    ) = None
     categories: (
         Annotated[
             list[Category],
@@ -366,8 +393,15 @@ class ItemBody(Strict):
             WithJsonSchema(
                 {
                     "anyOf": [
-                        {"type": "array", "items": {"type": "string"}},
-                        {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
+                        {"type": "array", "maxItems": 100, "items": {"type": "string"} | _CATEGORY_IN_DESCRIPTION},
+                        {
+                            "type": "object",
+                            "propertyNames": {"pattern": "^[^:\\u0000]+$"},
+                            "additionalProperties": {
+                                "type": "array",
+                                "items": {"type": "string", "pattern": "^[^\\u0000]+$"},
+                            },
+                        },
                     ]
                 }
             ),
