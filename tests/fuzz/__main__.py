@@ -1,7 +1,10 @@
-"""schemathesis over the live description: `python -m tests.fuzz --minutes 30`.
+"""Fuzzing for as long as one likes.
 
-A service of its own (SQLite, Redis, HTTP, a key) is asked everything that its description allows and much that it
-forbids, single requests and chains of them, with all checks. Ends with schemathesis' own exit code.
+python -m tests.fuzz --minutes 30        schemathesis over the live description
+python -m tests.fuzz --machine 1000      runs of the state machine in `machine.py`, 50 steps each
+
+For schemathesis a service of its own (SQLite, Redis, HTTP, a key) is asked everything that its description allows and
+much that it forbids, single requests and chains of them, with all checks. Ends with schemathesis' own exit code.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
 
+from tests.fuzz.machine import Upnext
 from tests.servers import free_port
 from tests.worlds import World, cyclic, write_bundle
 
@@ -84,10 +90,17 @@ def fuzz(url: str, folder: Path, *options: str) -> subprocess.CompletedProcess[s
 
 def main() -> int:
     """The long run."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz the service.")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", help="of a run to repeat")
+    parser.add_argument("--machine", type=int, help="runs of the state machine, instead")
     given = parser.parse_args()
+    if given.machine is not None:
+        long = settings(max_examples=given.machine, stateful_step_count=50, deadline=None,
+                        suppress_health_check=list(HealthCheck))  # fmt: skip
+        run_state_machine_as_test(Upnext, settings=long)
+        print(f"{given.machine} runs of the state machine, no failure")
+        return 0
     with tempfile.TemporaryDirectory(prefix="upnext-fuzz-") as name:
         folder = Path(name)
         with service(folder) as url:
