@@ -184,7 +184,8 @@ class Bundle:
 
 
 def _load_popularity(path: Path, item_count: int) -> Popularity:
-    with np.load(path / "popularity.npz", allow_pickle=False) as counts:
+    # Opened here: np.load leaves a file open that is no archive.
+    with (path / "popularity.npz").open("rb") as file, np.load(file, allow_pickle=False) as counts:
         day, item, count = (counts[name].astype(np.int64) for name in ("day", "item", "count"))
     if not len(day) == len(item) == len(count) or np.any((item < 1) | (item > item_count)):
         raise BundleError(f"{path}: the popularity counts are not the catalogue's")

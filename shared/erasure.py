@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import inspect, select
+from sqlalchemy.exc import NoResultFound
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared.database import erasure_key, erasures
@@ -93,8 +94,11 @@ async def has_erasure(connection: AsyncConnection) -> bool:
 
 
 async def read_key(connection: AsyncConnection) -> bytes:
-    """The key of this database's tombstones."""
-    return bytes.fromhex((await connection.execute(select(erasure_key.c.key))).scalar_one())
+    """The key of this database's tombstones. Raises TombstonesError where the database is damaged."""
+    try:
+        return bytes.fromhex((await connection.execute(select(erasure_key.c.key))).scalar_one())
+    except (NoResultFound, TypeError, ValueError) as error:
+        raise TombstonesError("the key in the table erasure_key cannot be read") from error
 
 
 async def read_tombstones(connection: AsyncConnection) -> Tombstones | None:
@@ -102,4 +106,5 @@ async def read_tombstones(connection: AsyncConnection) -> Tombstones | None:
     if not await has_erasure(connection):
         return None
     rows = (await connection.execute(select(erasures.c.user_hash, erasures.c.erased_at))).all()
-    return Tombstones(await read_key(connection), {row.user_hash: row.erased_at for row in rows})
+    erased = {row.user_hash: row.erased_at for row in rows}
+    return Tombstones(await read_key(connection), erased)

@@ -13,7 +13,6 @@ A score is `vectors[r] · query` for item index r + 1, whatever path found the i
 from __future__ import annotations
 
 import logging
-import struct
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -27,6 +26,7 @@ import numpy as np
 from shared.catalogue import Availability
 from shared.encoder import Vectors
 from shared.events import BoolArray, IntArray, ItemIndex
+from shared.index_file import check_index
 
 log = logging.getLogger(__name__)
 
@@ -217,12 +217,9 @@ def build_index(vectors: Vectors, *, m: int = 16, ef_construction: int = 200, se
 def load_index(path: str, width: int, ef: int) -> hnswlib.Index:
     """Load an index and set `ef`, which loading resets and which is shared by all queries.
 
-    Raises ValueError for an index of another width: hnswlib itself would read past the end of its vectors.
+    Raises ValueError for an index of another width, or one that `check_index` finds wrong.
     """
-    with Path(path).open("rb") as file:  # hnswlib's header: six sizes, of which the last two enclose a vector
-        *_, after_vector, at_vector = struct.unpack("=6Q", file.read(48))
-    if after_vector - at_vector != width * np.dtype(np.float32).itemsize:
-        raise ValueError(f"{Path(path).name} was not built for vectors of width {width}")
+    check_index(Path(path), width)
     index = hnswlib.Index(space="ip", dim=width)
     index.load_index(path)
     index.set_ef(ef)

@@ -587,6 +587,7 @@ def log(tmp_path: Path) -> Path:
     database.metadata.create_all(engine)
     event = {"event_type": "view", "value": None, "digest": "-"}
     with engine.begin() as connection:
+        connection.execute(insert(database.erasure_key), [{"id": 1, "key": "00" * 32}])
         connection.execute(
             insert(database.events),
             [

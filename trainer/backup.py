@@ -299,7 +299,7 @@ def verified(folder: Path) -> Manifest:
 def _schema(file: Path) -> pl.Schema | None:
     try:
         return pl.read_parquet_schema(file)  # type: ignore[return-value]
-    except (pl.exceptions.PolarsError, OSError):
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):
         return None
 
 

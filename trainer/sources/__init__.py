@@ -55,7 +55,7 @@ def parse_source(entries: Mapping[str, object]) -> SourceConfig:
     Raises UnknownSourceError, which lists the kinds, or InvalidSourceError, which lists every wrong entry.
     """
     kind = entries.get("kind")
-    if kind not in SOURCES:
+    if not isinstance(kind, str) or kind not in SOURCES:
         raise UnknownSourceError(kind, SOURCES)
     try:
         return _CONFIG.validate_python(dict(entries))

@@ -215,7 +215,7 @@ def _check_flat(table: Table) -> None:
     """Numbers, text, times and booleans pass; only categories may be lists, and only of those."""
     for column, dtype in table.frame.schema.items():
         inner = dtype.inner if isinstance(dtype, pl.List) and column.startswith(CATEGORY) else dtype
-        if isinstance(inner, pl.DataType) and inner.is_nested():
+        if isinstance(inner, pl.DataType) and (inner.is_nested() or inner == pl.Binary):
             raise InvalidSourceError(f"{table.name}: the column mapped to {column} holds {dtype}; map a plain column")
 
 

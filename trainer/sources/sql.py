@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared import database, times
-from shared.erasure import Tombstones, read_tombstones
+from shared.erasure import Tombstones, TombstonesError, read_tombstones
 from trainer.sources.clean import CATEGORY, clean_events, clean_items
 from trainer.sources.config import SqlSource
 from trainer.sources.erased import without_erased
@@ -44,7 +44,7 @@ def load_sql(config: SqlSource) -> RawData:
     shown = url.set(query={}).render_as_string(hide_password=True)  # a query can hold a password too
     try:
         log, catalogue, tombstones = asyncio.run(_read(url, config.chunk_rows))
-    except (SQLAlchemyError, OSError) as error:
+    except (SQLAlchemyError, OSError, TombstonesError) as error:
         reason = str(error).partition("\n")[0]
         for secret in (url.password, url.query.get("password")):
             reason = reason.replace(str(secret), "***") if secret else reason

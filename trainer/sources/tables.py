@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import polars as pl
-from polars.exceptions import NoDataError, PolarsError
+from polars.exceptions import NoDataError, PanicException, PolarsError
 
 from trainer.sources.config import FileFormat
 from trainer.sources.errors import InvalidSourceError, MissingColumnError, MissingFileError, UnreadableFileError
@@ -66,7 +66,7 @@ def read_table(path: Path, columns: Mapping[str, str], *, what: str, file_format
         )
     try:
         return _read_parquet(path, columns) if chosen == "parquet" else _read_text(path, columns, SEPARATORS[chosen])
-    except (PolarsError, OSError, UnicodeDecodeError, csv.Error) as error:
+    except (PolarsError, PanicException, OSError, UnicodeDecodeError, csv.Error) as error:
         raise UnreadableFileError(f"{path} cannot be read as {chosen}: {_first_line(error)}{_advice(error)}") from error
 
 
@@ -178,11 +178,11 @@ def _scan_rows(path: Path, columns: Mapping[str, str], separator: str, header: l
         return pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: BaseException) -> str:
     if "utf" in str(error).lower():
         return "; save it as UTF-8, for instance: iconv -f latin1 -t utf-8 in.csv > out.csv"
     return ""
