@@ -13,7 +13,7 @@ from tests.fuzz.__main__ import fuzz, service
 def test_the_service_is_as_its_description_says(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder: Path = tmp_path_factory.mktemp("fuzz")  # short: the path of a unix socket has 107 bytes at most
     with service(folder) as url:
-        done = fuzz(url, folder, "--max-examples", "10", "--seed", "1")
+        done = fuzz(url, folder, "--max-examples", "6", "--seed", "1")
     assert done.returncode == 0, done.stdout[-8000:]
     for phase in ("Examples", "Coverage", "Fuzzing", "Stateful"):
         assert f"✅ {phase}" in done.stdout

@@ -34,7 +34,7 @@ TABLES = {
     "years.tsv": "item\tyear",
     "genres.tsv": "item\tgenre",
 }
-fuzzed = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+fuzzed = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("2026-01-01T00:00:00Z")

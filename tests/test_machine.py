@@ -12,7 +12,7 @@ from tests.fuzz.machine import Upnext
 @pytest.mark.slow
 def test_whatever_happens_the_answers_are_the_model_s() -> None:
     short = settings(
-        max_examples=20,
+        max_examples=12,
         stateful_step_count=30,
         derandomize=True,
         phases=[Phase.generate],  # shrinking takes minutes: that is for `python -m tests.fuzz --machine`
