@@ -67,7 +67,7 @@ class Model:
     erased: set[str] = field(default_factory=set)
     gone: set[tuple[str, str]] = field(default_factory=set)  # ids of erased events that were sent without a time
     withdrawn: set[str] = field(default_factory=set)
-    changed: set[str] = field(default_factory=set)  # items that the live catalogue has
+    changed: dict[str, int] = field(default_factory=dict)  # items that the live catalogue has -> order of their dates
     arrivals: int = 0
 
     def history(self, user: str) -> list[Known]:
@@ -122,6 +122,12 @@ class Model:
         """Whether the live bundle has it."""
         return item != NEW and int(item) <= self.items
 
+    def change(self, item: str) -> None:
+        """The live catalogue has the item from now on: with its bundle's date, else that of its first change."""
+        if item not in self.changed:
+            self.arrivals += 1
+            self.changed[item] = int(item) - LARGE if self.in_bundle(item) else self.arrivals
+
     def recommended(self, user: str) -> tuple[str, list[str]]:
         """Strategy and items, all there are."""
         history = self.history(user)
@@ -130,7 +136,8 @@ class Model:
         read = [int(item) for item in fed if self.in_bundle(item)]
         ranked = after(read[-1], self.items) if read else [str(i) for i in range(1, self.items + 1)]
         if not read:
-            ranked += sorted(item for item in self.changed if not self.in_bundle(item))
+            unknown = [item for item in self.changed if not self.in_bundle(item)]
+            ranked += sorted(unknown, key=lambda item: (self.changed[item], item))
         return "sequence" if read else "popular", [i for i in ranked if i not in seen | self.withdrawn]
 
 
@@ -226,7 +233,7 @@ class Upnext(RuleBasedStateMachine):
         else:
             self.run(self.workers[worker].put(item))
             self.model.withdrawn.discard(item)
-        self.model.changed.add(item)
+        self.model.change(item)
         revision = self.workers[worker].services.live.revision
         self.run(until(lambda: all(one.services.live.revision >= revision for one in self.workers)))
 
