@@ -7,13 +7,15 @@ last revision it saw misses none.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 from sqlalchemy import null, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.history import database_failures_as
+from service.commit import SECONDS as WRITE_SECONDS
+from service.history import database_failures_as, reading
 from shared.catalogue import ItemChange
 from shared.database import catalogue_revision, items
 from shared.events import ItemId
@@ -40,9 +42,8 @@ class LiveCatalogue:
 
     async def get(self, item_id: ItemId) -> ItemChange | None:
         """The item's row; None when nothing was changed since the bundle."""
-        with database_failures_as(CatalogueUnavailable):
-            async with self.engine.connect() as connection:
-                row = (await connection.execute(select(*_COLUMNS).where(items.c.item_id == item_id))).one_or_none()
+        async with reading(self.engine, CatalogueUnavailable) as connection:
+            row = (await connection.execute(select(*_COLUMNS).where(items.c.item_id == item_id))).one_or_none()
         return None if row is None else _change(row)
 
     async def put(
@@ -66,7 +67,7 @@ class LiveCatalogue:
             "loaded": False,
         }
         with database_failures_as(CatalogueUnavailable):
-            async with self.engine.begin() as connection:
+            async with asyncio.timeout(WRITE_SECONDS), self.engine.begin() as connection:
                 fields["revision"] = (await connection.execute(_NEXT)).scalar_one()
                 statement = (
                     self._upsert_into.values(item_id=item_id, **fields)
@@ -81,10 +82,9 @@ class LiveCatalogue:
         The revision is read first: a change that commits between the two reads comes again next time.
         """
         query = select(*_COLUMNS).where(items.c.revision > revision).order_by(items.c.revision)
-        with database_failures_as(CatalogueUnavailable):
-            async with self.engine.connect() as connection:
-                current: int = (await connection.execute(select(catalogue_revision.c.revision))).scalar_one()
-                rows = (await connection.execute(query)).all() if current != revision else []
+        async with reading(self.engine, CatalogueUnavailable) as connection:
+            current: int = (await connection.execute(select(catalogue_revision.c.revision))).scalar_one()
+            rows = (await connection.execute(query)).all() if current != revision else []
         return current, [_change(row) for row in rows]
 
 

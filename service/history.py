@@ -29,8 +29,8 @@ import hashlib
 import logging
 import secrets
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -46,7 +46,7 @@ from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseE
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from shared.database import events
 from shared.events import Events, HistoryPolicy, IntArray, KeyArray, history_of, item_key, item_keys
@@ -64,6 +64,10 @@ GREETING_SECONDS: Final = 1.0
 """An open connection is asked this often whether it still leads to the master it was greeted by."""
 EXCHANGE: Final = 256
 """Commands in one exchange with Redis."""
+READ_SECONDS: Final = 2.0
+"""A database that takes longer to be read is taken for one that does not answer."""
+READERS: Final = 6
+"""Histories that a worker reads from the log at a time: when all of the cache is gone, other work still has room."""
 MAX_DIRTY: Final = 100_000
 
 _META: Final = struct.Struct("<8sqqq")  # fingerprint, newest, time and seq of the newest sequence event
@@ -166,6 +170,9 @@ _SHA: Final = {
 }
 
 
+Failed = Callable[[Literal["redis", "database"]], object]
+
+
 class HistoryUnavailable(Exception):  # noqa: N818 - says what it is
     """Neither Redis nor SQL could be read."""
 
@@ -183,6 +190,16 @@ def database_failures_as(error: type[Exception]) -> Iterator[None]:
         raise
     except (DBAPIError, PoolTimeoutError, OSError) as cause:
         raise error(f"{type(cause).__name__}: {cause}".splitlines()[0]) from cause
+
+
+@asynccontextmanager
+async def reading(
+    engine: AsyncEngine, error: type[Exception], turn: AbstractAsyncContextManager[Any] | None = None
+) -> AsyncIterator[AsyncConnection]:
+    """A connection to read by, once it is our `turn`, for READ_SECONDS in all. Failures and slowness become `error`."""
+    with database_failures_as(error):
+        async with asyncio.timeout(READ_SECONDS), turn or nullcontext(), engine.connect() as connection:
+            yield connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +339,9 @@ class _Line:
     on which anything but complete replies happened is closed.
     """
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, failed: Failed) -> None:
         self.redis = redis
+        self.tell = failed
         self.waiting: list[tuple[_Command, asyncio.Future[Any]]] = []
         self.running: asyncio.Task[None] | None = None
         self.failed = False
@@ -365,6 +383,7 @@ class _Line:
                 replies = await self._exchange(commands)
             self.failed = False
         except Exception as error:  # whatever it was: the log can answer instead
+            self.tell("redis")
             if not self.failed:
                 log.warning("Redis cannot be used, histories come from the log: %r", error)
             self.failed = True
@@ -407,16 +426,25 @@ class HistoryStore:
     """Histories from Redis, completed from the log. `redis` must come from `create_redis`.
 
     `ttl` and `empty_ttl` (seconds) are the lives of an entry since its last event, and of the entry of a user
-    without events.
+    without events. `failed` is told of each call to Redis or the database that failed.
     """
 
     def __init__(
-        self, redis: Redis, engine: AsyncEngine, *, ttl: int = 7 * 86_400, empty_ttl: int = 60, window: int = WINDOW
+        self,
+        redis: Redis,
+        engine: AsyncEngine,
+        *,
+        ttl: int = 7 * 86_400,
+        empty_ttl: int = 60,
+        window: int = WINDOW,
+        failed: Failed = lambda _: None,
     ) -> None:
         if redis.connection_pool.connection_kwargs.get("redis_connect_func") is not _greet:
             raise ValueError("the Redis client of a HistoryStore must come from create_redis")
         self.engine, self.ttl, self.empty_ttl, self.window = engine, ttl, empty_ttl, window
-        self._line = _Line(redis)
+        self.failed = failed
+        self._line = _Line(redis, failed)
+        self._readers = asyncio.Semaphore(READERS)
         self._rebuilds: dict[bytes, asyncio.Task[_Entry]] = {}  # by marker
         self._dirty: dict[str, None] = {}  # users whose entry may lack an event that was acknowledged here
 
@@ -560,9 +588,12 @@ class HistoryStore:
         query = select(*columns).where(events.c.user_id == user_id).order_by(events.c.timestamp, events.c.seq)
         if as_of is not None:
             query = query.where(events.c.timestamp <= as_of)
-        with database_failures_as(HistoryUnavailable):
-            async with self.engine.connect() as connection:
+        try:
+            async with reading(self.engine, HistoryUnavailable, self._readers) as connection:
                 rows = (await connection.execute(query)).all()
+        except HistoryUnavailable:
+            self.failed("database")
+            raise
         return _entry_of(rows, policy, len(rows) if whole else self.window)
 
 

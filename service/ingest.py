@@ -31,7 +31,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.commit import Identity, Log, Row, WriteFailed, writer_for
-from service.history import HistoryStore, database_failures_as
+from service.history import HistoryStore, reading
 from shared import times
 from shared.database import EVERYBODY, cache_outbox, events
 from shared.events import HistoryPolicy
@@ -250,9 +250,8 @@ class EventLog:
         """The user's newest `limit` events, oldest first. Raises LogUnavailable."""
         order = (events.c.timestamp.desc(), events.c.seq.desc())
         query = select(*_LOGGED).where(events.c.user_id == user_id).order_by(*order).limit(limit)
-        with database_failures_as(LogUnavailable):
-            async with self.engine.connect() as connection:
-                rows = (await connection.execute(query)).all()
+        async with reading(self.engine, LogUnavailable) as connection:
+            rows = (await connection.execute(query)).all()
         return [LoggedEvent(*row) for row in reversed(rows)]
 
     async def settle(self) -> int:
@@ -261,10 +260,11 @@ class EventLog:
         While Redis is down the rows stay. Raises LogUnavailable.
         """
         box = cache_outbox.c
-        query = select(box.seq, box.user_id).where(box.written <= times.now() - OVERDUE).order_by(box.seq)
-        with database_failures_as(LogUnavailable):
-            async with self.engine.connect() as connection:
-                rows = (await connection.execute(query.limit(SWEEP_ROWS))).all()
+        now = times.now()  # a row from the future was written before the clock was set back
+        overdue = (box.written <= now - OVERDUE) | (box.written > now + OVERDUE)
+        query = select(box.seq, box.user_id).where(overdue).order_by(box.seq).limit(SWEEP_ROWS)
+        async with reading(self.engine, LogUnavailable) as connection:
+            rows = (await connection.execute(query)).all()
         users = {row.user_id for row in rows}
         if EVERYBODY in users and not await self.histories.drop_all():
             return 0
@@ -340,6 +340,7 @@ class EventLog:
             if error.passing and attempt < ATTEMPTS:
                 await self._write_group(group, attempt + 1, perhaps=perhaps)
                 return
+            self.histories.failed("database")
             if perhaps:  # what stands in the cache may lack what stands in the log
                 await self.histories.drop(user_id for user_id, _ in rows)
             for request in group:

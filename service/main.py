@@ -115,7 +115,7 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         stack.push_async_callback(engine.dispose)
         redis = create_redis(settings.redis_url)
         stack.push_async_callback(redis.aclose)
-        histories = HistoryStore(redis, engine)
+        histories = HistoryStore(redis, engine, failed=lambda which: metrics.dependency_failures.labels(which).inc())
         log = await stack.enter_async_context(EventLog(engine, histories))
         catalogue = LiveCatalogue(engine)
         live = await stack.enter_async_context(Live(settings, catalogue, metrics))

@@ -98,6 +98,10 @@ class Metrics:
         self.refused = Counter(
             "upnext_refused_requests_total", "Requests refused because too many were in flight.", registry=registry
         )
+        self.dependency_failures = Counter(
+            "upnext_dependency_failures_total", "Calls to Redis or the database that failed.", ["dependency"],
+            registry=registry,
+        )  # fmt: skip
         self.load_failures = Counter(
             "upnext_bundle_load_failures_total", "Published bundles that could not be served.", registry=registry
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import shutil
@@ -11,9 +12,11 @@ import subprocess
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
@@ -151,3 +154,114 @@ class PostgresServer:
         finally:
             await connection.close()
         return str(self.server.get_uri(database=name))
+
+    def processes(self) -> list[int]:
+        """The postmaster's process id, and those of its children."""
+        try:
+            postmaster = int((self.folder / "data" / "postmaster.pid").read_text().split("\n", maxsplit=1)[0])
+            children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+        except (OSError, ValueError):
+            return []
+        return [postmaster, *map(int, children)]
+
+    def kill(self) -> None:
+        """Kill -9 all of it, as a crash of its machine does."""
+        killed = self.processes()
+        self._send(signal.SIGKILL)
+        while any(Path(f"/proc/{pid}").exists() for pid in killed):
+            time.sleep(0.01)
+
+    def start(self) -> None:
+        """Start again after `kill`; the log is recovered."""
+        self.server.ensure_postgres_running()
+
+    def freeze(self) -> None:
+        """Stop answering without closing anything."""
+        self._send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._send(signal.SIGCONT)
+
+    def _send(self, what: signal.Signals) -> None:
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, what)
+
+    @property
+    def socket(self) -> Path:
+        """The unix socket that it listens on."""
+        host = parse_qs(urlsplit(self.server.get_uri()).query)["host"][0]
+        return Path(host) / ".s.PGSQL.5432"
+
+
+class Proxy:
+    """A TCP port in front of a unix socket: it passes bytes on late, in part, or not at all.
+
+    `delay` holds up each reply by so many seconds. `left`, when set, is how many bytes of replies still pass before
+    all connections break. `trigger`: what comes after these bytes were sent to the server is lost, once.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.delay = 0.0
+        self.left: int | None = None
+        self.trigger: bytes | None = None
+        self.broken = 0  # times that all connections were broken
+        self._pumps: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.close()
+        self.cut()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await self._server.wait_closed()
+
+    def cut(self) -> None:
+        """Break all connections, as a switch does that loses its power."""
+        self.broken += 1
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            up_reader, up_writer = await asyncio.open_unix_connection(self.target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, up_writer}
+        for pump in (self._requests(reader, up_writer), self._replies(up_reader, writer)):
+            task = asyncio.create_task(pump)
+            self._pumps.add(task)
+            task.add_done_callback(self._pumps.discard)
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                if self.trigger is not None and self.trigger in data:
+                    self.trigger, self.left = None, 0
+                writer.write(data)
+        writer.close()
+
+    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                if self.left is not None:
+                    data, self.left = data[: self.left], self.left - len(data)
+                writer.write(data)
+                if self.left is not None and self.left <= 0:
+                    self.left = None
+                    await asyncio.sleep(0)  # what was to pass has passed
+                    self.cut()
+        writer.close()

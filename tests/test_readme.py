@@ -24,6 +24,7 @@ import pytest
 
 from service.answers import RecommendationAnswer, RecommendedItem
 from service.settings import markdown_table
+from tests import faults
 from tests.servers import free_port
 from trainer.config import preset_names
 
@@ -182,6 +183,11 @@ def test_presets_that_the_readme_names_exist() -> None:
     named = set(re.findall(r"\b(?:sasrec|bert4rec)-[a-z0-9-]+\b", README))
     assert named
     assert named <= set(preset_names())
+
+
+def test_the_table_of_faults_and_the_tests_agree() -> None:
+    assert faults.rows()
+    assert set(faults.rows()) == faults.proved()
 
 
 def test_every_linked_file_exists() -> None:

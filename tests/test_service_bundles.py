@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from shared import times
 from shared.bundle import MANIFEST, point_current
 from shared.database import catalogue_revision, items
+from tests.faults import fault
 from tests.servers import RedisServer
 from tests.serving import Running, assert_problem, ids_of, json_of, serving, until
 from tests.worlds import circle, cyclic, write_bundle
@@ -54,7 +56,8 @@ async def test_swap_keeps_live_changes(tmp_path: Path, redis_server: RedisServer
         assert "2" not in ids_of(answer)
 
 
-@pytest.mark.parametrize("damage", ["missing", "byte", "manifest", "renamed", "current"])
+@fault("A bundle is damaged, cut short or cannot be read")
+@pytest.mark.parametrize("damage", ["missing", "byte", "cut", "unreadable", "manifest", "renamed", "current"])
 async def test_a_bad_bundle_leaves_the_old_one_live(tmp_path: Path, redis_server: RedisServer, damage: str) -> None:
     async with serving(tmp_path, redis_server, cyclic(), **QUICK) as upnext:
         bundles = upnext.settings.bundles
@@ -67,6 +70,12 @@ async def test_a_bad_bundle_leaves_the_old_one_live(tmp_path: Path, redis_server
                 data = bytearray(file.read_bytes())
                 data[-1] ^= 1
                 file.write_bytes(bytes(data))
+            case "cut":
+                file = bad / "models" / "sasrec" / "encoder.onnx"
+                file.write_bytes(file.read_bytes()[:-100])
+            case "unreadable":  # whatever the reason: permissions mean nothing to root, under whom tests may run
+                (bad / "items.jsonl").unlink()
+                (bad / "items.jsonl").mkdir()
             case "manifest":
                 (bad / MANIFEST).write_text("{")
             case "renamed":
@@ -97,6 +106,7 @@ async def test_a_bundle_whose_numbers_are_not_finite_is_not_served(tmp_path: Pat
         assert "not finite" in str(upnext.services.live.bundle_failure)
 
 
+@fault("A bundle is copied bit by bit")
 async def test_a_bundle_whose_files_arrive_late_goes_live(
     tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +117,15 @@ async def test_a_bundle_whose_files_arrive_late_goes_live(
         late.rename(bundles / "on-its-way")
         point_current(bundles, "late")
         await until(lambda: upnext.services.live.bundle_failure is not None)
-        (bundles / "on-its-way").rename(late)
+        files = sorted(file for file in (bundles / "on-its-way").rglob("*") if file.is_file())
+        for file in files:  # the manifest among them: it may be there before what it names
+            place = late / file.relative_to(bundles / "on-its-way")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            whole = file.read_bytes()
+            place.write_bytes(whole[: len(whole) // 2])
+            await asyncio.sleep(0.02)
+            assert (await upnext.ask("u"))["model"]["version"] == "2000-03-01T00-00-00Z-test"
+            place.write_bytes(whole)
         await until(lambda: upnext.services.live.now_serving().bundle.version == "late")
         assert upnext.services.live.bundle_failure is None
 

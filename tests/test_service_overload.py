@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import fault
 from tests.servers import RedisServer
 from tests.serving import Running, assert_problem, json_of, serving, until
 from tests.worlds import cyclic
@@ -19,6 +20,7 @@ async def refused(upnext: Running) -> float:
     return next(float(li.split()[1]) for li in lines if li.startswith("upnext_refused_requests_total "))
 
 
+@fault("More requests at a time than a worker may have")
 async def test_above_the_bound_is_503_at_once(
     tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

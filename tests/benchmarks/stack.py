@@ -52,10 +52,9 @@ class Stack:
 
     def start(self) -> None:
         """Start the launcher, and wait until a worker is ready."""
-        log = (self.folder / "service.log").open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "service"], cwd=self.folder, env=self.environment, stderr=log
-        )
+        command = [sys.executable, "-m", "service"]
+        with (self.folder / "service.log").open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stderr=log)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             try:

@@ -1,0 +1,396 @@
+"""What callers see when something fails, with real servers that are killed, frozen, slowed down and cut off.
+
+Each test stands for the row of the README's table that its `fault` names. It looks at three things: what is answered
+meanwhile, what is counted, and that all is well again as soon as the cause is gone, without anybody doing anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select, update
+
+from service.ingest import OVERDUE
+from shared import times
+from shared.database import cache_outbox, create_engine, events, migrate, prepare_sqlite
+from tests.faults import fault
+from tests.servers import PostgresServer, Proxy, RedisServer
+from tests.serving import Running, assert_problem, json_of, serving
+from tests.worlds import cyclic
+
+QUICK = {"bundle_poll_seconds": 0.05, "catalogue_poll_seconds": 0.05}
+N = 12
+
+
+async def again(holds: Callable[..., Awaitable[bool]], *arguments: Any) -> None:
+    """Wait until a question is answered with yes."""
+    async with asyncio.timeout(30):
+        while not await holds(*arguments):  # noqa: ASYNC110 - nobody would set an event
+            await asyncio.sleep(0.02)
+
+
+async def failures(upnext: Running, dependency: str) -> float:
+    """How often calls to Redis or the database failed, as /metrics has it."""
+    lines = (await upnext.http.get("/metrics")).text.splitlines()
+    name = f'upnext_dependency_failures_total{{dependency="{dependency}"}} '
+    return next((float(line.split()[-1]) for line in lines if line.startswith(name)), 0.0)
+
+
+async def next_of(upnext: Running, user: str, **wishes: Any) -> tuple[str, str]:
+    """The first recommendation, and where the history came from."""
+    answer = await upnext.ask(user, n=1, **wishes)
+    return answer["items"][0]["item_id"], answer["history_source"]
+
+
+def view(user: str, item: str, **fields: Any) -> dict[str, Any]:
+    return {"user_id": user, "item_id": item, "event_type": "view", **fields}
+
+
+async def cached(upnext: Running, user: str = "u") -> bool:
+    return (await next_of(upnext, user))[1] == "cache"
+
+
+# --- Redis --------------------------------------------------------------------------------------------
+
+
+async def assert_served_without_redis(upnext: Running) -> None:
+    """Recommendations are right, events are taken and count at once, and the failure is counted."""
+    assert await next_of(upnext, "u") == ("4", "log")
+    json_of(await upnext.http.post("/events", json=view("u", "7")))
+    assert await next_of(upnext, "u") == ("8", "log")
+    assert json_of(await upnext.http.get("/readyz"))["status"] == "degraded"
+    assert await failures(upnext, "redis") > 0
+
+
+async def assert_well_again(upnext: Running) -> None:
+    await again(cached, upnext)
+    assert await next_of(upnext, "u") == ("8", "cache")
+    assert json_of(await upnext.http.get("/readyz"))["status"] == "ready"
+
+
+@fault("Redis is killed")
+async def test_redis_is_killed(tmp_path: Path, redis_of_test: RedisServer) -> None:
+    async with serving(tmp_path, redis_of_test, cyclic(N)) as upnext:
+        await upnext.view("u", "3")
+        await again(cached, upnext)
+        redis_of_test.kill()
+        await assert_served_without_redis(upnext)
+        redis_of_test.start()
+        await assert_well_again(upnext)
+
+
+@fault("Redis hangs")
+async def test_redis_hangs(tmp_path: Path, redis_of_test: RedisServer) -> None:
+    async with serving(tmp_path, redis_of_test, cyclic(N)) as upnext:
+        await upnext.view("u", "3")
+        await again(cached, upnext)
+        redis_of_test.freeze()
+        await assert_served_without_redis(upnext)
+        redis_of_test.thaw()
+        await assert_well_again(upnext)
+
+
+@fault("Redis turns read-only")
+async def test_redis_turns_read_only(tmp_path: Path, redis_of_test: RedisServer) -> None:
+    async with serving(tmp_path, redis_of_test, cyclic(N)) as upnext:
+        await upnext.view("u", "3")
+        await again(cached, upnext)
+        redis_of_test.cli("REPLICAOF", "127.0.0.1", "1")
+
+        async def left() -> bool:  # a connection is asked once a second whether it still leads to a master
+            return not await cached(upnext)
+
+        await again(left)
+        await assert_served_without_redis(upnext)
+        redis_of_test.cli("REPLICAOF", "NO", "ONE")
+        await assert_well_again(upnext)
+
+
+@fault("Redis is full")
+async def test_redis_is_full(tmp_path: Path, redis_of_test: RedisServer) -> None:
+    async with serving(tmp_path, redis_of_test, cyclic(N)) as upnext:
+        await upnext.view("u", "3")
+        await again(cached, upnext)
+        redis_of_test.cli("CONFIG", "SET", "maxmemory", "1")
+        assert await next_of(upnext, "u") == ("4", "cache")
+        json_of(await upnext.http.post("/events", json=view("u", "7")))
+        assert await next_of(upnext, "u") == ("8", "log")
+        redis_of_test.cli("CONFIG", "SET", "maxmemory", "0")
+        await assert_well_again(upnext)
+
+
+@asynccontextmanager
+async def behind_a_proxy(folder: Path, redis: RedisServer) -> AsyncIterator[tuple[Running, Proxy]]:
+    async with Proxy(redis.socket) as proxy:
+        url = f"redis://127.0.0.1:{proxy.port}"
+        async with serving(folder, redis, cyclic(N), redis_url=url) as upnext:
+            yield upnext, proxy
+
+
+@fault("Redis is slow")
+async def test_redis_is_slow_under_load_and_nobody_gets_another_user_s_answer(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    async with behind_a_proxy(tmp_path, redis_server) as (upnext, proxy):
+        users = [str(n) for n in range(1, N)]  # user n viewed item n, so what is next for them is n + 1
+        for user in users:
+            await upnext.view(user, user)
+            await again(cached, upnext, user)
+
+        async def ask(user: str, patience: float) -> str | None:
+            try:
+                async with asyncio.timeout(patience):
+                    item, source = await next_of(upnext, user)
+            except TimeoutError:
+                return None
+            assert item == str(int(user) + 1), source
+            return source
+
+        sources: set[str | None] = set()
+        for turn in range(24):
+            proxy.delay = (turn % 8) / 100  # up to 70 ms, beyond the 50 ms that Redis is waited for
+            asked = (ask(user, (n + turn) % 8 / 100 + 0.005) for n, user in enumerate(users * 3))
+            sources |= set(await asyncio.gather(*asked))
+        assert sources == {None, "cache", "log"}
+        assert await failures(upnext, "redis") > 0
+        proxy.delay = 0.0
+        for user in users:
+            await again(cached, upnext, user)
+            assert (await next_of(upnext, user))[0] == str(int(user) + 1)
+
+
+@fault("Redis breaks off in the middle of a reply")
+@pytest.mark.parametrize("left", [1, 40, 90])
+async def test_redis_breaks_off_in_the_middle_of_a_reply(tmp_path: Path, redis_server: RedisServer, left: int) -> None:
+    async with behind_a_proxy(tmp_path, redis_server) as (upnext, proxy):
+        await upnext.view("u", "3")
+        await again(cached, upnext)
+        for item in ("4", "5", "6"):
+            broken, proxy.left = proxy.broken, left
+            json_of(await upnext.http.post("/events", json=view("u", item)))
+            assert (await next_of(upnext, "u"))[0] == str(int(item) + 1)
+            proxy.left = left
+            assert (await next_of(upnext, "u"))[0] == str(int(item) + 1)
+            assert proxy.broken > broken
+        proxy.left = None
+        await again(cached, upnext)
+        assert await next_of(upnext, "u") == ("7", "cache")
+
+
+# --- the database -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def postgres_of_module() -> Iterator[PostgresServer]:
+    """A PostgreSQL for the tests of this file, which may kill and freeze it, and which keeps what it has committed."""
+    with PostgresServer(durable=True) as server:
+        yield server
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less patience with a database that does not answer, so that tests have less to wait for."""
+    monkeypatch.setattr("service.history.READ_SECONDS", 0.5)
+    monkeypatch.setattr("service.commit.SECONDS", 0.5)
+
+
+@asynccontextmanager
+async def on_postgres(
+    folder: Path, redis: RedisServer, postgres: PostgresServer, proxy: Proxy | None = None
+) -> AsyncIterator[Running]:
+    url = await postgres.new_database()
+    engine = create_engine(url)
+    await migrate(engine)
+    await engine.dispose()
+    if proxy is not None:
+        name = url.split("?")[0].rsplit("/", 1)[1]
+        url = f"postgresql://postgres@127.0.0.1:{proxy.port}/{name}"
+    async with serving(folder, redis, cyclic(N), database_url=url, **QUICK) as upnext:
+        yield upnext
+
+
+async def assert_served_without_the_database(upnext: Running) -> None:
+    """Cached users as ever, others degraded or 503 as they wish, events refused with a time to come back."""
+    assert await next_of(upnext, "u") == ("4", "cache")
+    answer = await upnext.ask("v")
+    assert (answer["strategy"], answer["history_source"], answer["exclusions"]) == ("degraded", "none", {"seen": False})
+    assert_problem(await upnext.http.get("/recommend/v?require_seen=true"), 503, "history_unavailable")
+    response = await upnext.http.post("/events", json=view("u", "7"))
+    assert_problem(response, 503, "log_unavailable")
+    assert response.headers["retry-after"] == "2"
+    assert_problem(await upnext.http.get("/users/u/history"), 503, "log_unavailable")
+    assert json_of(await upnext.http.get("/livez")) == {"status": "ok"}
+    assert await failures(upnext, "database") > 0
+
+
+async def takes_events(upnext: Running) -> bool:
+    return (await upnext.http.post("/events", json=view("u", "7", event_id="again"))).status_code == 200
+
+
+async def assert_the_database_is_back(upnext: Running) -> None:
+    await again(takes_events, upnext)
+    assert (await next_of(upnext, "u"))[0] == "8"
+    assert await next_of(upnext, "v") == ("6", "log")
+    history = json_of(await upnext.http.get("/users/u/history"))["events"]
+    assert [e["event_id"] for e in history].count("again") == 1
+
+    async def ready() -> bool:
+        return bool(json_of(await upnext.http.get("/readyz"))["status"] == "ready")
+
+    await again(ready)
+
+
+@fault("PostgreSQL is killed")
+async def test_postgresql_is_killed(
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer
+) -> None:
+    async with on_postgres(tmp_path, redis_server, postgres_of_module) as upnext:
+        await upnext.view("u", "3")
+        await upnext.view("v", "5")
+        await again(cached, upnext)
+        postgres_of_module.kill()
+        try:
+            await assert_served_without_the_database(upnext)
+        finally:
+            await asyncio.to_thread(postgres_of_module.start)
+        await assert_the_database_is_back(upnext)
+
+
+@fault("PostgreSQL hangs")
+@pytest.mark.usefixtures("quickly")
+async def test_postgresql_hangs(tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer) -> None:
+    async with on_postgres(tmp_path, redis_server, postgres_of_module) as upnext:
+        await upnext.view("u", "3")
+        await upnext.view("v", "5")
+        await again(cached, upnext)
+        postgres_of_module.freeze()
+        try:
+            async with asyncio.timeout(30):
+                await assert_served_without_the_database(upnext)
+        finally:
+            postgres_of_module.thaw()
+        await assert_the_database_is_back(upnext)
+
+
+@fault("PostgreSQL is slow")
+async def test_postgresql_is_slow(
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer
+) -> None:
+    async with (
+        Proxy(postgres_of_module.socket) as proxy,
+        on_postgres(tmp_path, redis_server, postgres_of_module, proxy) as upnext,
+    ):
+        proxy.delay = 0.05
+        bodies = [view(f"s{n}", "3", event_id=f"e{n}") for n in range(20)]
+        answers = await asyncio.gather(*(upnext.http.post("/events", json=body) for body in bodies))
+        assert {answer.status_code for answer in answers} == {200}
+        assert await next_of(upnext, "s7") == ("4", "log")
+        assert await next_of(upnext, "s7") == ("4", "cache")
+
+
+@fault("The connection to PostgreSQL breaks during a commit")
+async def test_the_connection_to_postgresql_breaks_during_a_commit(
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer
+) -> None:
+    async with (
+        Proxy(postgres_of_module.socket) as proxy,
+        on_postgres(tmp_path, redis_server, postgres_of_module, proxy) as upnext,
+    ):
+        await upnext.view("u", "3")
+        for trigger, item in ((b"COMMIT", "5"), (b"INSERT INTO events", "7"), (b"COMMIT", "9")):
+            await again(cached, upnext)
+            broken, proxy.trigger = proxy.broken, trigger
+            answer = json_of(await upnext.http.post("/events", json=view("u", item)))
+            assert proxy.broken > broken
+            assert answer["accepted"] == 1
+            assert (await next_of(upnext, "u"))[0] == str(int(item) + 1)
+        history = json_of(await upnext.http.get("/users/u/history"))["events"]
+        assert [event["item_id"] for event in history] == ["3", "5", "7", "9"]
+
+
+@fault("SQLite is locked by another program")
+async def test_sqlite_is_locked_by_another_program(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(connection: sqlite3.Connection) -> None:
+        prepare_sqlite(connection)
+        connection.execute("PRAGMA busy_timeout = 100")
+
+    monkeypatch.setattr("service.commit.prepare_sqlite", impatient)
+    async with serving(tmp_path, redis_server, cyclic(N)) as upnext:
+        await upnext.view("u", "3")
+        other = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        assert_problem(await upnext.http.post("/events", json=view("u", "7")), 503, "log_unavailable", detail="nothing")
+        assert await next_of(upnext, "u") == ("4", "log")  # readers do not wait for writers
+        assert await failures(upnext, "database") > 0
+        other.execute("ROLLBACK")
+        other.close()
+        assert await takes_events(upnext)
+        assert (await next_of(upnext, "u"))[0] == "8"
+
+
+@fault("The disk is full")
+async def test_the_disk_is_full(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, redis_server, cyclic(N)) as upnext:
+        await upnext.view("u", "3")
+        batch = {"events": [view("w", "5", session_id=f"{n:0>200}") for n in range(500)]}
+        await upnext.services.log.engine.dispose()  # the writer connects anew, with less room
+        with monkeypatch.context() as patch:
+            patch.setattr("service.commit.prepare_sqlite", small)
+            response = await upnext.http.post("/events", json=batch)
+            assert_problem(response, 503, "log_unavailable", detail="nothing was stored")
+            assert await next_of(upnext, "u") == ("4", "log")
+            assert await failures(upnext, "database") > 0
+        assert json_of(await upnext.http.get("/users/w/history"))["events"] == []
+        await upnext.services.log.engine.dispose()
+        assert json_of(await upnext.http.post("/events", json=batch))["accepted"] == 500
+
+
+def small(connection: sqlite3.Connection) -> None:
+    """A disk with no room for another page."""
+    prepare_sqlite(connection)
+    connection.execute("PRAGMA max_page_count = 1")
+
+
+# --- time ---------------------------------------------------------------------------------------------
+
+
+@fault("The clock jumps")
+@pytest.mark.parametrize("hours", [-2, 2])
+async def test_the_clock_jumps(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    async with serving(tmp_path, redis_server, cyclic(N)) as upnext:
+        await upnext.view("u", "3")
+        await again(cached, upnext)
+        shift, now = hours * 3600 * times.SECOND, times.now
+        for place in ("shared.times.now", "service.routes.events.now", "service.recommend.now"):
+            monkeypatch.setattr(place, lambda: now() + shift)
+        # Order is that of the clock, as it is: the log and the cache agree on it.
+        await upnext.view("u", "7")
+        newest = "8" if hours > 0 else "4"
+        assert (await next_of(upnext, "u"))[0] == newest
+        redis_server.cli("FLUSHALL")
+        assert (await next_of(upnext, "u"))[0] == newest
+        # An event that another worker could not bring to the cache before it died is found on either side of the jump.
+        engine = upnext.services.log.engine
+        async with engine.begin() as connection:
+            await connection.execute(update(cache_outbox).values(written=now()))
+            (seq,) = (await connection.execute(select(events.c.seq).order_by(events.c.seq.desc()).limit(1))).one()
+            mark = {"seq": seq + 1_000, "user_id": "u", "written": now()}
+            await connection.execute(cache_outbox.insert(), mark)
+        assert abs(shift) > OVERDUE
+
+        async def swept() -> bool:
+            await upnext.services.log.settle()
+            async with engine.connect() as connection:
+                return not (await connection.execute(select(cache_outbox.c.seq))).all()
+
+        await again(swept)
