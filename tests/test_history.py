@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 from sqlalchemy import select
+from sqlalchemy.event import listens_for
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.history import WINDOW, HistoryStore, HistoryUnavailable, StoredEvent, UserHistory, create_redis
+from service.history import READERS, WINDOW, HistoryStore, HistoryUnavailable, StoredEvent, UserHistory, create_redis
 from service.ingest import EventLog, NewEvent
 from shared.database import create_engine
 from shared.database import events as events_table
@@ -258,6 +259,46 @@ async def test_keys_that_overlap_in_the_packed_set_are_told_apart(
         events = [StoredEvent(seq, "u", str(key), "skip", None, NOW) for seq, key in enumerate(wanted, 1)]
         assert await histories.appended(events, POLICY)
         assert list((await histories.read("u", POLICY)).seen) == wanted
+
+
+async def test_on_a_redis_in_cluster_mode(sqlite_engine: AsyncEngine) -> None:
+    """Every command and script keeps to the keys of one user, whose id alone decides on their slot."""
+    with RedisServer(cluster=True) as server:
+        async with store_on(server.url, sqlite_engine) as histories:
+            log = EventLog(sqlite_engine, histories)
+            users = [f"u{n}" for n in range(50)]
+            for item in ("a", "b"):
+                await log.append([event(item, user_id=u) for u in users], POLICY, NOW)
+                found = await asyncio.gather(*(histories.read(u, POLICY) for u in users))
+            assert {tuple(h.items) for h in found} == {tuple(keys("a", "b"))}
+            assert {h.source for h in found} == {"cache"}
+            assert await histories.drop(users[:25])
+            left = server.keys()
+            assert len(left) == 25
+            for key in left:
+                user = key.split("{")[1].rstrip("}")
+                assert server.cli("CLUSTER", "KEYSLOT", key) == server.cli("CLUSTER", "KEYSLOT", user)
+
+
+async def test_rebuilds_are_bounded_in_all(redis: Redis, sqlite_engine: AsyncEngine) -> None:
+    histories = HistoryStore(redis, sqlite_engine)
+    await EventLog(sqlite_engine, histories).append([event("a", user_id=f"u{n}") for n in range(60)], POLICY, NOW)
+    out, most = 0, 0
+
+    @listens_for(sqlite_engine.sync_engine, "checkout")
+    def taken(*_: object) -> None:
+        nonlocal out, most
+        out += 1
+        most = max(most, out)
+
+    @listens_for(sqlite_engine.sync_engine, "checkin")
+    def given_back(*_: object) -> None:
+        nonlocal out
+        out -= 1
+
+    found = await asyncio.gather(*(histories.read(f"u{n}", POLICY) for n in range(60)))
+    assert {tuple(h.items) for h in found} == {tuple(keys("a"))}
+    assert 1 < most <= READERS
 
 
 async def test_many_users_at_once(sqlite_engine: AsyncEngine, redis_server: RedisServer) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
 from service.redis_child import RedisMissing, find_redis, start_redis
-from tests.servers import free_port
+from tests.faults import fault
+from tests.servers import PostgresServer, free_port
 from tests.worlds import cyclic, write_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +47,21 @@ def launched(folder: Path, port: int, **settings: object) -> Iterator[subprocess
         process.wait()
         if process.stderr:
             process.stderr.close()
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a launcher."""
+    return [p for p in descendants(pid) if b"spawn_main" in (Path(f"/proc/{p}/cmdline").read_bytes())]
+
+
+def until_alive(client: httpx.Client) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            if client.get("/livez").status_code == 200:
+                return
+        time.sleep(0.05)
+    raise AssertionError("not alive after 60 s")
 
 
 def wait_ready(client: httpx.Client) -> None:
@@ -111,6 +130,78 @@ def test_starts_serves_and_stops_everything(folder: Path, workers: int, how: sig
     assert "2000-03-01T00-00-00Z-test" in said
     assert said.splitlines()[-1] == "Stopped."
     assert list(folder.glob("upnext-*")) == []
+
+
+@pytest.mark.slow
+def test_sigterm_lets_requests_end_and_waits_no_longer_than_it_was_told(folder: Path) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
+    body = b'{"user_id": "u", "item_id": "3", "event_type": "view"}'
+    head = "POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    here = ("127.0.0.1", port)
+    with launched(folder, port, drain_seconds=5) as process:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            wait_ready(client)
+        with socket.create_connection(here, 60) as ending, socket.create_connection(here, 60) as endless:
+            for connection in (ending, endless):
+                connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body[:9])
+            time.sleep(0.5)  # both are in hand
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            ending.sendall(body[9:])
+            assert ending.recv(65536).startswith(b"HTTP/1.1 200")
+            assert process.wait(timeout=60) == 0  # though the other request never ends
+
+
+@fault("A worker hangs")
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(folder: Path) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
+    once = httpx.Limits(max_keepalive_connections=0)
+    with (
+        launched(folder, port, workers=2) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", limits=once) as client,
+    ):
+        wait_ready(client)
+        workers = workers_of(process.pid)
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGSTOP)
+        assert gone(workers[:1])
+        deadline = time.monotonic() + 60
+        while len(workers_of(process.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(workers_of(process.pid)) == 2
+        wait_ready(client)
+
+
+@fault("The database cannot be reached at the start")
+@pytest.mark.slow
+def test_starts_without_its_database_and_serves_when_it_comes(folder: Path, postgresql: PostgresServer) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    url = asyncio.run(postgresql.new_database())
+    port, there = free_port(), folder / ".s.PGSQL.5432"
+    elsewhere = re.sub(r"host=[^&]*", f"host={folder}", url)
+    with (
+        launched(folder, port, database_url=elsewhere) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        until_alive(client)
+        ready = client.get("/readyz")
+        assert (ready.status_code, ready.json()["checks"]["catalogue"]) == (503, "the database cannot be read")
+        event = {"user_id": "u", "item_id": "3", "event_type": "view"}
+        refused = client.post("/events", json=event)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        done = subprocess.run(
+            command("migrate"), cwd=folder, env=environment(folder, database_url=url), capture_output=True, check=False
+        )
+        assert done.returncode == 0
+        there.symlink_to(postgresql.socket)
+        wait_ready(client)
+        assert client.post("/events", json=event).status_code == 200
+        assert client.get("/recommend/u?n=1").json()["items"][0]["item_id"] == "4"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.slow
