@@ -8,6 +8,7 @@ An event that was committed just before may reach the cache just after; the seco
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class Erasure:
     erased_at: int  # epoch microseconds
 
 
+SECONDS: Final = 10.0
+"""A database that takes longer for an erasure is taken for one that does not answer; asking again is safe."""
+
+
 class Eraser:
     """Erases users."""
 
@@ -57,10 +62,10 @@ class Eraser:
     async def erase(self, user_id: str) -> Erasure:
         """Erase all events of the user; again, those that came since. Raises ErasureUnavailable, ErasureUnknown."""
         with database_failures_as(ErasureUnavailable):
-            async with self.engine.begin() as connection:
+            async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
                 if not await has_erasure(connection):
                     raise ErasureUnknown
-            async with self.engine.begin() as connection:
+            async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
                 done = await self._erase(connection, user_id)
         await self.histories.drop([user_id])  # if Redis is down, this process and the sweep of the outbox see to it
         return done

@@ -218,6 +218,7 @@ async def assert_served_without_the_database(upnext: Running) -> None:
     assert_problem(response, 503, "log_unavailable")
     assert response.headers["retry-after"] == "2"
     assert_problem(await upnext.http.get("/users/u/history"), 503, "log_unavailable")
+    assert_problem(await upnext.http.delete("/users/w"), 503, "log_unavailable")
     assert json_of(await upnext.http.get("/livez")) == {"status": "ok"}
     assert await failures(upnext, "database") > 0
 
@@ -268,6 +269,7 @@ async def test_postgresql_hangs(
             with monkeypatch.context() as patch:  # less patience, so that the test has less to wait for
                 patch.setattr("service.history.READ_SECONDS", 0.5)
                 patch.setattr("service.commit.SECONDS", 0.5)
+                patch.setattr("service.erasure.SECONDS", 0.5)
                 async with asyncio.timeout(60):
                     await assert_served_without_the_database(upnext)
         finally:
