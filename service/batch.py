@@ -32,9 +32,9 @@ from service.recommend import (
 from service.telemetry import Trace
 from shared.bundle import Model
 from shared.encoder import CHUNK, Vectors
-from shared.retrieval import Retrieval, Scope
+from shared.retrieval import Candidates, Scope
 
-Found = tuple[Vectors, Retrieval]
+Found = tuple[Vectors, Candidates]
 
 
 async def recommend_all(
@@ -96,7 +96,7 @@ async def search(
         with trace.stage("retrieve"):
             return [(q, candidates(c, q, s)) for c, q, s in zip(known, queries, scopes, strict=True)]
 
-    def candidates(case: Case, query: Vectors, scope: Scope) -> Retrieval:
+    def candidates(case: Case, query: Vectors, scope: Scope) -> Candidates:
         return retrieve(case, model, query, scope, recommender.count(case.question), serving)
 
     found = iter(await asyncio.get_running_loop().run_in_executor(recommender.bulk, work))

@@ -30,7 +30,7 @@ from shared.bundle import Model
 from shared.categories import Where, field_of
 from shared.encoder import Vectors
 from shared.events import HistoryPolicy, IntArray, ItemId, first_of_repeats, item_keys
-from shared.retrieval import Retrieval, Scope
+from shared.retrieval import Candidates, Retrieval, Scope
 from shared.times import UNDATED, now
 
 AsOf: TypeAlias = int | Literal["last_event"] | None
@@ -277,13 +277,12 @@ def encode(model: Model, cases: Sequence[Case]) -> Vectors:
     return model.encoder.encode([c.sequence for c in cases], [c.times for c in cases])
 
 
-def retrieve(case: Case, model: Model, query: Vectors, scope: Scope, count: int, serving: Serving) -> Retrieval:
+def retrieve(case: Case, model: Model, query: Vectors, scope: Scope, count: int, serving: Serving) -> Candidates:
     """Candidates for `query` that `scope` permits: the best of all items, or all of those the caller names."""
     if case.question.candidates is None:
-        return model.retriever.retrieve(query, count, scope)
+        return model.retriever.candidates(query, count, scope)
     named = np.unique(serving.indices_of(case.question.candidates))
-    named = named[scope.permits(named)]
-    return Retrieval(named, np.zeros(len(named), np.float32), "candidates")  # all of them are ranked later
+    return Candidates(named[scope.permits(named)], "candidates")  # all of them are ranked later
 
 
 def exclude(items: IntArray, scope: Scope) -> IntArray:
