@@ -52,6 +52,7 @@ async def recommend_all(
         here = slice(start, start + CHUNK)
         cases = [place(q, r, serving) for q, r in zip(questions[here], readings[here], strict=True)]
         for case, found in zip(cases, await search(recommender, cases, model, serving, trace), strict=True):
+            case.told(trace)
             yield settle(case, found, model, serving)
             await asyncio.sleep(0)  # single requests go first
 

@@ -27,15 +27,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.catalogue import CatalogueUnavailable, LiveCatalogue
 from service.errors import CatalogueDown, NoBundle, UnknownModel
+from service.metrics import Metrics
 from service.settings import Settings
-from service.telemetry import Metrics
 from shared.bundle import CURRENT, Bundle, BundleError, Model, current_version
 from shared.catalogue import Availability, Item, ItemChange, NewItems
 from shared.categories import Categories
 from shared.database import SchemaError, check_schema
 from shared.events import HistoryPolicy, IntArray, ItemId, ItemIndex, KeyArray
 from shared.retrieval import Mode, Scope
-from shared.times import now, parse, render_bound
+from shared.times import SECOND, now, parse, render_bound
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Serving:
         self.availability = Availability.of(bundle.catalogue)
         self.categories = Categories.of(bundle.catalogue)
         self._titles: dict[ItemId, str] = {}
+        self._answered = np.zeros(self.known + 1, bool)  # by item index: was in an answer
         self.apply(changes)
 
     def apply(self, changes: Iterable[ItemChange]) -> None:
@@ -101,6 +102,15 @@ class Serving:
         item = self._as_published(index)
         title = self._titles.get(item.item_id, item.title)
         return item.item_id, title, _rendered(int(self.availability.available_from[index]))
+
+    def note_answered(self, items: IntArray) -> None:
+        """Remember that these items were in an answer."""
+        self._answered[items[items <= self.known]] = True
+
+    @property
+    def coverage(self) -> float:
+        """Share of the bundle's items that were in an answer."""
+        return float(np.count_nonzero(self._answered)) / max(self.known, 1)
 
     def _as_published(self, index: ItemIndex) -> Item:
         """What the bundle says of an item; of a new one, only that it was not there when the bundle was made."""
@@ -223,6 +233,8 @@ class Live:
 
     async def follow_bundle(self) -> None:
         """Load what CURRENT names, if that is news. A bundle that cannot be served leaves the old one live."""
+        if self.serving is not None:
+            self.metrics.coverage.set(self.serving.coverage)
         folder = self.settings.bundles
         try:
             version = await asyncio.to_thread(current_version, folder)
@@ -251,7 +263,10 @@ class Live:
         serving.apply(c for i, c in self._changes.items() if held.get(i) is not c)
         if self.serving is not None:
             self._former.add(self.serving)
+            self.metrics.bundle_workers.labels(self.serving.bundle.version).set(0)
         self.serving, self.bundle_failure = serving, None
+        self.metrics.bundle_workers.labels(version).set(1)
+        self.metrics.bundle_created.set(parse(serving.bundle.manifest.created) / SECOND)
         self.metrics.bundle_loaded.set(time.time())
         log.info("bundle is live", extra={"fields": {"version": version}})
 

@@ -18,17 +18,19 @@ from service.access import Door
 from service.answers import Problem
 from service.bundles import Live
 from service.catalogue import LiveCatalogue
+from service.direct import Direct
 from service.erasure import Eraser
 from service.history import HistoryStore, create_redis
 from service.ingest import EventLog
 from service.keys import KeyRing
+from service.metrics import Metrics
 from service.overload import InFlight
 from service.rates import RateLimit, parse_rate
 from service.recommend import Recommender
 from service.routes import events, items, operations, recommend, users
 from service.routes.dependencies import Services
 from service.settings import Settings
-from service.telemetry import Metrics, Telemetry
+from service.telemetry import Telemetry
 from service.version import VERSION
 from shared.database import create_engine
 
@@ -96,6 +98,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in routers:
         app.include_router(router)
     errors.install(app, [route for router in routers for route in router.routes])
+    app.add_middleware(Direct)
     app.add_middleware(Door, keys=keys, limit=limit)
     app.add_middleware(InFlight, limit=settings.max_in_flight, metrics=metrics)
     app.add_middleware(Telemetry, metrics=metrics)  # outermost: it tells of refused requests too
@@ -111,11 +114,12 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
             "UPNEXT_REDIS_URL is not set; start with `python -m service`, which brings a Redis, or set it"
         )
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(metrics.flushing())
         engine = create_engine(settings.database_url, pool_size=CONNECTIONS, max_overflow=0, pool_timeout=POOL_SECONDS)
         stack.push_async_callback(engine.dispose)
         redis = create_redis(settings.redis_url)
         stack.push_async_callback(redis.aclose)
-        histories = HistoryStore(redis, engine, failed=lambda which: metrics.dependency_failures.labels(which).inc())
+        histories = HistoryStore(redis, engine, failed=lambda which: metrics.count(metrics.dependency_failures, which))
         log = await stack.enter_async_context(EventLog(engine, histories))
         catalogue = LiveCatalogue(engine)
         live = await stack.enter_async_context(Live(settings, catalogue, metrics))

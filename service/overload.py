@@ -7,7 +7,7 @@ from typing import Final
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import Overloaded, problem
-from service.telemetry import Metrics
+from service.metrics import Metrics
 
 EXEMPT: Final = frozenset({"/livez", "/readyz", "/metrics"})
 """What operators ask must be answered above all when there is too much to do."""
@@ -26,7 +26,7 @@ class InFlight:
             await self.app(scope, receive, send)
             return
         if self.count >= self.limit:
-            self.metrics.refused.inc()
+            self.metrics.count(self.metrics.refused)
             await problem(Overloaded(), scope["path"])(scope, receive, send)
             return
         self.count += 1

@@ -118,6 +118,11 @@ class Case:
     times: IntArray  # (L + 1,) when those events happened, epoch microseconds, and last the time that is asked about
     banned: IntArray  # item indices that must not be returned
 
+    def told(self, trace: Trace) -> None:
+        """Note for the metrics how much of the history the bundle knows."""
+        trace.history_items += len(self.reading.history.items)
+        trace.known_items += len(self.sequence)
+
     def scope(self, serving: Serving) -> Scope:
         """What may be returned, by availability and categories as they are at this moment."""
         where = self.question.where
@@ -140,6 +145,7 @@ class Recommender:
         with trace.stage("read"):
             reading = await self.read(question, serving, model)
         case = place(question, reading, serving)
+        case.told(trace)
         if not len(case.sequence):
             return respond(case, serving, model, popular(case, serving))
         with trace.stage("encode"):
@@ -341,6 +347,7 @@ def respond(case: Case, serving: Serving, model: Model, best: Retrieval) -> Reco
     """Item indices leave no further than here."""
     question, reading = case.question, case.reading
     is_popular = best.path == "popular"
+    serving.note_answered(best.items)
     return Recommendation(
         recommendation_id=uuid7(),
         user_id=question.user_id,

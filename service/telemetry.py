@@ -9,25 +9,21 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, problem
+from service.metrics import Metrics
 from shared.events import is_id
 
 log = logging.getLogger(__name__)
 
 MAX_BODY: Final = 1 << 20  # bytes
-_BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 def uuid7() -> str:
@@ -36,6 +32,21 @@ def uuid7() -> str:
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(3 << 62) | 2 << 62
     return str(uuid.UUID(int=value))
+
+
+class Stage:
+    """A context that adds its time to `stages[name]`. A class: a generator costs three times as much."""
+
+    __slots__ = ("name", "stages", "started")
+
+    def __init__(self, stages: dict[str, float], name: str) -> None:
+        self.stages, self.name = stages, name
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.stages[self.name] = self.stages.get(self.name, 0) + time.perf_counter() - self.started
 
 
 @dataclass(slots=True)
@@ -48,15 +59,12 @@ class Trace:
     path: str | None = None  # which retrieval path found the candidates
     model_version: str | None = None
     caller: str | None = None  # the name of the key that was sent, never the key
+    history_items: int = 0  # items that models were to read, and how many of them the bundle knows
+    known_items: int = 0
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Stage:
         """Time one stage; the times of one that comes several times add up."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[name] = self.stages.get(name, 0) + time.perf_counter() - start
+        return Stage(self.stages, name)
 
     def server_timing(self) -> str:
         """The header's value."""
@@ -72,63 +80,6 @@ def trace_of(request: Request) -> Trace:
     trace = request.scope["upnext.trace"]
     assert isinstance(trace, Trace)  # noqa: S101 - put there by Telemetry below
     return trace
-
-
-class Metrics:
-    """All Prometheus metrics of a worker. With PROMETHEUS_MULTIPROC_DIR set, `render` adds up all workers."""
-
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Histogram(
-            "upnext_request_seconds", "Time to answer.", ["method", "route", "status"],
-            buckets=_BUCKETS, registry=registry,
-        )  # fmt: skip
-        self.stages = Histogram(
-            "upnext_stage_seconds", "Time in one stage of a request.", ["stage"], buckets=_BUCKETS, registry=registry
-        )
-        self.recommendations = Counter(
-            "upnext_recommendations_total", "Answers, by how they came about.",
-            ["model", "strategy", "history_source"], registry=registry,
-        )  # fmt: skip
-        self.retrievals = Counter(
-            "upnext_retrievals_total", "Searches, by the path that answered.", ["path"], registry=registry
-        )
-        self.events = Counter("upnext_events_total", "Events taken, by outcome.", ["status"], registry=registry)
-        self.erasures = Counter("upnext_erasures_total", "Users erased.", registry=registry)
-        self.refused = Counter(
-            "upnext_refused_requests_total", "Requests refused because too many were in flight.", registry=registry
-        )
-        self.dependency_failures = Counter(
-            "upnext_dependency_failures_total", "Calls to Redis or the database that failed.", ["dependency"],
-            registry=registry,
-        )  # fmt: skip
-        self.load_failures = Counter(
-            "upnext_bundle_load_failures_total", "Published bundles that could not be served.", registry=registry
-        )
-        self.bundle_loaded = Gauge(
-            "upnext_bundle_loaded_timestamp_seconds", "When the newest bundle of any worker went live.",
-            registry=registry, multiprocess_mode="max",
-        )  # fmt: skip
-        self.catalogue_revision = Gauge(
-            "upnext_catalogue_revision", "Revision of the live catalogue that the slowest worker follows.",
-            registry=registry, multiprocess_mode="livemin",
-        )  # fmt: skip
-
-    def render(self) -> bytes:
-        """The text format."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            return generate_latest(self.registry)
-        together = CollectorRegistry()
-        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
-        return generate_latest(together)
-
-    def finished(self, trace: Trace, method: str, route: str, status: int) -> None:
-        """Count one finished request."""
-        for name, seconds in trace.stages.items():
-            self.stages.labels(name).observe(seconds)
-        if trace.path:
-            self.retrievals.labels(trace.path).inc()
-        self.requests.labels(method, route, str(status)).observe(time.perf_counter() - trace.started)
 
 
 class Telemetry:
@@ -168,14 +119,22 @@ class Telemetry:
     def _finish(self, scope: Scope, trace: Trace, status: int) -> None:
         # The template, not the path: ids do not belong in labels, and paths of unknown routes are anybody's.
         route = getattr(scope.get("route"), "path", "unmatched")
-        self.metrics.finished(trace, scope["method"] if route != "unmatched" else "-", route, status)
+        metrics, took = self.metrics, time.perf_counter() - trace.started
+        metrics.observe(metrics.requests, took, scope["method"] if route != "unmatched" else "-", route, str(status))
+        for name, seconds in trace.stages.items():
+            metrics.observe(metrics.stages, seconds, name)
+        if trace.path:
+            metrics.count(metrics.retrievals, trace.path)
+        if trace.history_items:
+            metrics.count(metrics.history_items, "true", amount=trace.known_items)
+            metrics.count(metrics.history_items, "false", amount=trace.history_items - trace.known_items)
         if log.isEnabledFor(logging.INFO):
             fields: dict[str, Any] = {
                 "request_id": trace.request_id,
                 "method": scope["method"],
                 "route": route,
                 "status": status,
-                "ms": round((time.perf_counter() - trace.started) * 1000, 3),
+                "ms": round(took * 1000, 3),
                 "stages": {name: round(seconds * 1000, 3) for name, seconds in trace.stages.items()},
             }
             if trace.caller:
@@ -225,6 +184,12 @@ def _headers(trace: Trace) -> list[tuple[bytes, bytes]]:
 
 class JsonLines(logging.Formatter):
     """One JSON object a line, so that nothing a client sends can break or forge a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What logging would find out for each record and our lines do not show: caller, thread, process, task.
+        logging._srcfile = None  # as logging's documentation says
+        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
     def format(self, record: logging.LogRecord) -> str:
         """`record` as JSON; `extra={"fields": {...}}` adds fields."""

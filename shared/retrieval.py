@@ -88,7 +88,7 @@ class Scope:
             return np.zeros(len(items), bool)
         at = self.banned.searchsorted(items)
         at[at == len(self.banned)] = 0
-        return self.banned[at] == items
+        return np.equal(self.banned[at], items)
 
 
 @dataclass(frozen=True, slots=True)

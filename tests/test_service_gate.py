@@ -17,15 +17,16 @@ from service.bundles import Live, Serving
 from service.catalogue import LiveCatalogue
 from service.errors import Invalid
 from service.history import WINDOW, HistoryStore, UserHistory
+from service.metrics import Metrics
 from service.recommend import Brought, Question, Recommendation, Recommender
 from service.settings import Settings
 from service.similar import similar
-from service.telemetry import Metrics, Trace
+from service.telemetry import Trace
 from shared.catalogue import Item, ItemChange
 from shared.categories import Where
 from shared.database import create_engine
 from shared.events import HistoryPolicy, item_keys
-from shared.retrieval import Mode, Retrieval
+from shared.retrieval import Candidates, Mode
 from shared.times import BEGINNING, DAY, END, parse
 from tests.worlds import BORN, CREATED, World, cyclic, in_memory
 
@@ -341,7 +342,7 @@ def test_the_last_gate_sees_what_retrieval_could_not(
     live.serving, live.catalogue_read = Serving(in_memory(cyclic(5)), []), True
     search = recommend.retrieve
 
-    def withdrawn_meanwhile(*arguments: Any) -> Retrieval:
+    def withdrawn_meanwhile(*arguments: Any) -> Candidates:
         found = search(*arguments)
         live.apply([ItemChange("2", None, None, None, None, True, 1)])
         return found

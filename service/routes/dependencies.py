@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, TypeVar, get_origin
 from urllib.parse import parse_qsl
 
@@ -18,9 +19,10 @@ from service.catalogue import LiveCatalogue
 from service.erasure import Eraser
 from service.history import HistoryStore
 from service.ingest import EventLog
+from service.metrics import Metrics
 from service.recommend import Recommender
 from service.schemas import Id, NoParameters
-from service.telemetry import Metrics, Trace, trace_of
+from service.telemetry import Trace, trace_of
 
 Parameters = TypeVar("Parameters", bound=BaseModel)
 PRIVATE = {"Cache-Control": "private, no-store"}
@@ -47,15 +49,26 @@ def services_of(request: Request) -> Services:
 
 
 def query_of(model: type[Parameters]) -> Callable[[Request], Awaitable[Parameters]]:
-    """A dependency that reads the query string as `model`. Raises RequestValidationError.
+    """A dependency that reads the query string as `model`. Raises RequestValidationError."""
+    read = reader_of(model)
+
+    async def dependency(request: Request) -> Parameters:
+        return read(request.scope["query_string"])
+
+    return dependency
+
+
+def reader_of(model: type[Parameters]) -> Callable[[bytes], Parameters]:
+    """A function that reads a query string as `model`. Raises RequestValidationError.
 
     FastAPI's own query models take the last of a repeated parameter and drop the others without a word.
     """
     lists = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is list}
 
-    async def read(request: Request) -> Parameters:
+    @lru_cache(maxsize=256)  # few callers vary what they ask for; models are frozen, and errors are not kept
+    def read(query: bytes) -> Parameters:
         values: dict[str, Any] = {}
-        for name, value in parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
             values.setdefault(name, []).append(value)
         for name, given in values.items():
             if name not in lists and len(given) == 1:

@@ -71,8 +71,8 @@ async def take_events(
     except LogUnavailable as error:
         raise errors.LogDown(PERHAPS if error.perhaps_written else None) from error
     accepted = sum(one.status == "accepted" for one in taken)
-    services.metrics.events.labels("accepted").inc(accepted)
-    services.metrics.events.labels("duplicate").inc(len(taken) - accepted)
+    services.metrics.count(services.metrics.events, "accepted", amount=accepted)
+    services.metrics.count(services.metrics.events, "duplicate", amount=len(taken) - accepted)
     outcomes = [outcome(one, event, live) for one, event in zip(taken, sent, strict=True)]
     return answer({"accepted": accepted, "duplicates": len(taken) - accepted, "events": outcomes})
 

@@ -153,7 +153,8 @@ async def _recommend(question: Question, services: Services, trace: Trace) -> Re
 
 def counted(found: Recommendation, services: Services) -> Recommendation:
     """`found`, seen by the metrics."""
-    services.metrics.recommendations.labels(found.model, found.strategy, found.history_source).inc()
+    metrics = services.metrics
+    metrics.count(metrics.recommendations, found.model, found.strategy, found.history_source)
     return found
 
 
