@@ -58,7 +58,7 @@ def random_bundle(
     network = Encoder(config.model, items)
     chosen = clustered(items, width, seed) if vectors is None else vectors
     with torch.no_grad():
-        network.items.weight[1 : items + 1] = torch.from_numpy(chosen)
+        network.items.ids.weight[1 : items + 1] = torch.from_numpy(chosen)
     exported = export(network, config)
     catalogue = Catalogue.number(
         Item(
