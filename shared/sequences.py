@@ -16,8 +16,8 @@ Clock = Literal["none", "events", "query"]
 question."""
 
 PAD: Final = 0  # item index 0 is never an item
-BUCKETS: Final = (16, 32, 64, 128, 200)
-"""Lengths T that rectangles come in: few shapes keep an ONNX session's memory plans and timings few."""
+BUCKETS: Final = tuple(range(8, 201, 8))
+"""Lengths T that rectangles come in: time grows with T, and half a step of padding on average is little."""
 BUCKET_WIDTH: Final = 0.301
 LARGEST_BUCKET: Final = 127
 """Times apart are told in steps of a third or so: bucket b begins at exp(0.301 b) seconds (HSTU, Zhai et al. 2024)."""
@@ -51,10 +51,36 @@ def pack(
     known ones: a row without any item and without mask would have no query, so it is a ValueError.
     """
     arrays = [np.asarray(h, np.int64) for h in histories]
+    if len(arrays) == 1:
+        return _pack_one(arrays[0], max_length, mask, width)
     stops = np.cumsum([len(a) for a in arrays], dtype=np.int64)  # (B,)
     starts = stops - np.fromiter((len(a) for a in arrays), np.int64, len(arrays))
     flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
     return pack_slices(flat, starts, stops, max_length, mask=mask, width=width)
+
+
+def _pack_one(history: IntArray, max_length: int, mask: int | None, width: int | None) -> tuple[IntArray, IntArray]:
+    """`pack` for one history, as requests come: a fifth of the time."""
+    kept = history[max(len(history) - _room(max_length, mask), 0) :]
+    length = len(kept) + (mask is not None)
+    if length < 1:
+        raise ValueError(NOTHING)
+    items = np.full((1, length if width is None else width), PAD, np.int64)
+    items[0, : len(kept)] = kept
+    if mask is not None:
+        items[0, len(kept)] = mask
+    return items, np.array([length], np.int64)
+
+
+def _room(max_length: int, mask: int | None) -> int:
+    """How many items fit."""
+    room = max_length if mask is None else max_length - 1
+    if room < 1:
+        raise ValueError(f"max_length {max_length} leaves no room for an item")
+    return room
+
+
+NOTHING: Final = "a history without a known item cannot be packed"
 
 
 def pack_slices(
@@ -67,13 +93,10 @@ def pack_slices(
     width: int | None = None,
 ) -> tuple[IntArray, IntArray]:
     """`pack` for histories that lie in one array: history b is `flat[starts[b]:stops[b]]`. No loop over rows."""
-    room = max_length if mask is None else max_length - 1
-    if room < 1:
-        raise ValueError(f"max_length {max_length} leaves no room for an item")
-    kept = np.minimum(stops - starts, room)  # (B,)
+    kept = np.minimum(stops - starts, _room(max_length, mask))  # (B,)
     lengths = kept + (mask is not None)
     if len(lengths) and lengths.min() < 1:
-        raise ValueError("a history without a known item cannot be packed")
+        raise ValueError(NOTHING)
     T = int(lengths.max(initial=1)) if width is None else width
     column = np.arange(T)  # (T,)
     at = (stops - kept)[:, None] + column  # (B, T) position in flat

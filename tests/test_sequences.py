@@ -133,3 +133,15 @@ def test_buckets_do_not_depend_on_how_late_in_time_it_is(seconds: int, apart: in
     """A cast of epoch times before taking differences would lose seconds."""
     late = [seconds * SECOND, (seconds + apart) * SECOND]
     assert ages(late, "query") == ages([0, apart * SECOND], "query")
+
+
+@given(some_histories, st.integers(2, 15), st.sampled_from([None, MASK]), st.integers(0, 5))
+def test_one_history_is_packed_as_it_would_be_among_others(
+    histories: list[list[int]], max_length: int, mask: int | None, room: int
+) -> None:
+    width = max_length + room
+    items, lengths = pack(histories, max_length, mask=mask, width=width)
+    for history, row, length in zip(histories, items, lengths, strict=True):
+        alone, its = pack([history], max_length, mask=mask, width=width)
+        assert alone.tolist() == [row.tolist()]
+        assert its.tolist() == [length]

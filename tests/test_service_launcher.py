@@ -96,6 +96,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("run")  # short: the path of a unix socket has 107 bytes at most
 
 
+def answers_counted(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("upnext_recommendations_total{"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "how"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_starts_serves_and_stops_everything(folder: Path, workers: int, how: signal.Signals) -> None:
@@ -110,9 +115,11 @@ def test_starts_serves_and_stops_everything(folder: Path, workers: int, how: sig
         for _ in range(6):
             answer = client.get("/recommend/u?n=1").json()
             assert answer["items"][0]["item_id"] == "4"
-        metrics = client.get("/metrics").text  # of all workers together
-        counts = [line for line in metrics.splitlines() if line.startswith("upnext_recommendations_total{")]
-        assert sum(float(line.split()[-1]) for line in counts) == 6
+        deadline = time.monotonic() + 60
+        while answers_counted(client) < 6:  # of all workers together, once each has told
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert answers_counted(client) == 6
         taken = subprocess.run(
             command(), cwd=folder, env=environment(folder, port=port), capture_output=True, text=True, check=False
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.sequences import LARGEST_BUCKET
 from tests.trained import KINDS, Kind, config
-from trainer.transformer import Encoder
+from trainer.transformer import Encoder, View
 
 N, T = 20, 10
 MASK = N + 1
@@ -74,17 +74,22 @@ def test_without_the_key_mask_padding_would_be_seen() -> None:
     keys = torch.tensor([[[[True, True, True, False, False]]]])
     with torch.no_grad():
         block: Any = encoder.blocks[0]
-        assert apart(block(x, keys, None)[:, :3], block(x[:, :3], None, None)) < 1e-5
-        assert apart(block(x, None, None)[:, :3], block(x[:, :3], None, None)) > 1e-2
+        everybody = View(None, None, None)
+        assert apart(block(x, View(None, keys, None))[:, :3], block(x[:, :3], everybody)) < 1e-5
+        assert apart(block(x, everybody)[:, :3], block(x[:, :3], everybody)) > 1e-2
 
 
+@pytest.mark.parametrize("options", [{}, {"blocks": 1}, {"position_bias": True, "time_bias": "query"}])
+@pytest.mark.parametrize("block", ["pre_norm", "original", "gated"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_query_is_the_state_at_the_last_real_position(kind: Kind) -> None:
-    encoder = network(kind)
+def test_the_query_is_the_state_at_the_last_real_position(kind: Kind, block: str, options: dict[str, Any]) -> None:
+    """`query` lets only that position ask in the last block; `forward` lets all of them."""
+    encoder = network(kind, block=block, **options)
     items, lengths = torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0], [5, 6, 7, 8]]), torch.tensor([3, 1, 4])
+    ages = torch.randint(0, 40, (3, 4, 4), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        hidden, queries = encoder(items), encoder.query(items, lengths)
-    assert torch.equal(queries, torch.stack([hidden[0, 2], hidden[1, 0], hidden[2, 3]]))
+        hidden, queries = encoder(items, ages), encoder.query(items, lengths, ages)
+    assert apart(queries, torch.stack([hidden[0, 2], hidden[1, 0], hidden[2, 3]])) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,7 +159,7 @@ def test_the_original_block_is_that_of_sasrec() -> None:
         y = query + theirs(query, x, x, attn_mask=later, need_weights=False)[0]
         y = block.forward_norm(y)
         y = y + block.down(torch.relu(block.up(y)))
-        assert apart(y, block(x, None, None)) < 1e-4
+        assert apart(y, block(x, View(None, None, None))) < 1e-4
 
 
 def test_ages_and_places_count() -> None:
