@@ -45,9 +45,6 @@ LAST_RETRY: Final = 300.0
 HOW_TO_PUBLISH = "train and publish one: python -m trainer run"
 
 
-_rendered = lru_cache(maxsize=1 << 16)(render_bound)  # ten a request, at 8 us each
-
-
 class Serving:
     """One bundle, and its items as they are now."""
 
@@ -77,6 +74,8 @@ class Serving:
         self.wanted = lru_cache(maxsize=16)(
             partial(self.categories.select, available_from=self.availability.available_from)
         )
+        # Item id, title and `available_from` (RFC 3339, None when open) of an item index: ten a request.
+        self.describe = lru_cache(maxsize=1 << 16)(self._describe)
         self.newcomers = self._newcomers()
 
     def index(self, item_id: ItemId) -> ItemIndex | None:
@@ -97,11 +96,10 @@ class Serving:
         """Whether a change counts beside this bundle: a loaded row gives way to what the bundle knows of the item."""
         return not change.loaded or change.item_id not in self.bundle.catalogue.index_by_id
 
-    def describe(self, index: ItemIndex) -> tuple[ItemId, str | None, str | None]:
-        """Item id, title and `available_from` (RFC 3339, None when open) of an item index."""
+    def _describe(self, index: ItemIndex) -> tuple[ItemId, str | None, str | None]:
         item = self._as_published(index)
         title = self._titles.get(item.item_id, item.title)
-        return item.item_id, title, _rendered(int(self.availability.available_from[index]))
+        return item.item_id, title, render_bound(int(self.availability.available_from[index]))
 
     def note_answered(self, items: IntArray) -> None:
         """Remember that these items were in an answer."""

@@ -51,7 +51,7 @@ def of_year(year: int) -> int:
 def render(moment: int) -> str:
     """Epoch microseconds to RFC 3339 in UTC: 2026-11-21T10:00:00Z, with a fraction only where there is one."""
     seconds, fraction = divmod(moment, SECOND)
-    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S").zfill(19)
+    text = datetime.fromtimestamp(seconds, UTC).isoformat()[:19]  # without its own way to write the offset
     return f"{text}.{fraction:06d}Z" if fraction else f"{text}Z"
 
 
