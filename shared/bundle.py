@@ -10,6 +10,7 @@
         models/sasrec/vectors.npy     (N, D) float32, row r = item index r + 1
         models/sasrec/index.hnsw      the same vectors, label = row
       models/sasrec/weights.npz     what was trained, by name, for the trainer's warm start
+        models/sasrec/tower.*         only of a model that reads metadata, see shared/tower.py
 
 A bundle is written aside and renamed into place, so a reader never sees half of one; the reader checks
 every file against the manifest before it uses any. Formats are plain: nothing in a bundle can run code.
@@ -108,6 +109,7 @@ class Parity(_Part):
     max_vector_difference: float
     max_score_difference: float
     top10_changes: int = Field(description="Places in top-10 lists that changed beyond swaps of near-equal scores.")
+    max_tower_difference: float | None = Field(None, description="The same of the item tower's vectors, if it has one.")
 
 
 class ModelInfo(_Part):

@@ -22,6 +22,7 @@ import yaml
 
 from shared.bundle import Bundle, current_version
 from shared.times import DAY, render
+from shared.tower import ItemTower
 from tests.trained import START, Row, contents, cyclic_events, unchanged
 from trainer.__main__ import main
 
@@ -317,6 +318,59 @@ def test_a_run_leaves_a_report(ran: tuple[Place, str]) -> None:
 
 
 @pytest.mark.slow
+def parity(folder: Path) -> Path:
+    """The preset of a circle whose items have a title and a parity."""
+    rows = "".join(f"{i},Item {i} {'even' if i % 2 == 0 else 'odd'},{i % 2}\n" for i in range(1, ITEMS + 1))
+    (folder / "items.csv").write_text("id,title,parity\n" + rows)
+    source = {
+        "kind": "files",
+        "events": str(events_file(folder / "events.csv", circle())),
+        "columns": {"user": "who", "item": "what", "time": "when"},
+        "items": str(folder / "items.csv"),
+        "item_columns": {"id": "id", "title": "title", "categories": {"parity": "parity"}},
+    }
+    return preset(folder, folder / "events.csv", data={"source": source})
+
+
+def test_metadata_goes_from_an_items_file_to_the_bundle(tmp_path: Path) -> None:
+    place = Place(tmp_path, parity(tmp_path))
+    said = trainer("vectors", place.preset, "--out", tmp_path / "titles.tsv", "--text", "title,parity", "--width", "4")
+    assert "12 vectors of width" in said
+    settings = (
+        f"data.vectors.title={tmp_path / 'titles.tsv'}",
+        "model.metadata.fields=[parity,title,maker]",
+        "model.metadata.fusion=gate",
+        "training.epochs=3",
+    )
+    trainer("run", place.preset, *settings, *place.runs, *place.bundles, "--force")
+    report = json.loads((tmp_path / "runs" / "circle" / "split" / "report.json").read_text())
+    assert sum(gate["mean"] for gate in report["gates"].values()) == pytest.approx(1, abs=1e-4)
+    assert list(report["gates"]) == ["id", "parity", "title"]  # nothing has a maker
+    assert "What item vectors are made of" in (tmp_path / "runs" / "circle" / "split" / "report.html").read_text()
+    bundle = place.live()
+    parity_of = bundle.manifest.models["circle"].parity
+    assert parity_of.max_tower_difference is not None
+    tower = ItemTower.load(bundle.path / "models" / "circle")
+    assert tower is not None
+    assert tower.vectors(bundle.catalogue.items).any()
+    # The steps one by one keep the tower too.
+    trainer("export", "onnx", "circle", *place.runs)
+    trainer("publish", "circle", *place.runs, *place.bundles, "--force")
+    assert ItemTower.load(place.live().path / "models" / "circle") is not None
+
+
+def test_items_are_held_out_and_found(tmp_path: Path) -> None:
+    place = Place(tmp_path, parity(tmp_path))
+    words = ("model.metadata.fields=[parity]", "training.epochs=2", *place.runs, "--share", "0.25")
+    said = trainer("cold", place.preset, *words)
+    assert "3 items held out" in said
+    assert "vectors made of id, parity" in said
+    assert all(name in said for name in ("random", "popular", "popular, told", "among all items"))
+    found = json.loads((tmp_path / "runs" / "circle" / "cold" / "cold.json").read_text())
+    assert found["cases"] == int(re.search(r"asked (\d+) times", said)[1])  # type: ignore[index]
+    assert "leaves nothing" in refused("cold", place.preset, *place.runs, "--share", "0.01")
+
+
 def test_events_can_be_loaded_into_the_log_and_trained_on_from_there(place: Place, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'upnext.db'}"
     assert f"{len(circle()):,} events are new" in trainer("data", "load", place.preset, "--database-url", url)

@@ -12,6 +12,7 @@ from trainer.config import (
     PRESETS,
     ConfigError,
     EvaluationConfig,
+    MetadataConfig,
     RunConfig,
     load_config,
     preset_names,
@@ -171,6 +172,17 @@ def test_the_readme_tells_the_settings_of_evaluation() -> None:
     told = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, re.M))
     known = EvaluationConfig().model_dump(mode="json")
     assert told == {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in known.items()}
+
+
+def test_the_readme_tells_the_settings_of_metadata() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text().split("### Item metadata")[1].split("\n### ")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, re.M))
+    assert told == {name: str(value) for name, value in MetadataConfig().model_dump(mode="json").items()}
+
+
+@pytest.mark.parametrize("override", ["fusion=mean", "dropout=1", "id_dropout=-0.1", "min_items=0", "max_values=0"])
+def test_wrong_settings_of_metadata_are_named(mine: str, override: str) -> None:
+    assert f"model.metadata.{override.partition('=')[0]}: " in refusal(mine, f"model.metadata.{override}")
 
 
 @pytest.mark.parametrize(

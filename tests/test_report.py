@@ -188,8 +188,10 @@ def test_names_are_shown_as_text() -> None:
 def test_gates_are_drawn_where_a_model_has_them() -> None:
     values = of_the_circle()
     values["epochs"] = [{**row, "val_gate/genre": 0.3} for row in values["epochs"]]
-    assert "val_gate/genre" in read(page(values)).text
-    assert "Gates" in read(page(values)).text
+    assert "What item vectors are made of" not in read(page(values)).text
+    values["gates"] = {"id": {"mean": 0.7, "low": 0.5, "high": 0.9}, "genre": {"mean": 0.3, "low": 0.1, "high": 0.5}}
+    found = read(page(values)).text
+    assert all(words in found for words in ("val_gate/genre", "Gates", "What item vectors are made of", "0.7000"))
 
 
 def test_a_run_without_epochs_or_rivals_still_has_a_page() -> None:

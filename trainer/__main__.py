@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,6 +23,7 @@ from shared.catalogue import CatalogueError
 from shared.database import SchemaError
 from trainer import pipeline
 from trainer.backup import BackupError, backup, restore
+from trainer.cold import cold_table, hold_out, measure_cold
 from trainer.compare import Asked, CompareError, compare, comparison_table, load_ranks
 from trainer.config import ConfigError, RunConfig, load_config, preset_names, settings
 from trainer.dataset import Dataset, DatasetError, load_dataset
@@ -32,14 +35,16 @@ from trainer.predict import predict as predict_lists
 from trainer.publish import Fit, PublishRefusedError, index_of, self_recall
 from trainer.seed import seed_log
 from trainer.sources import SOURCES, RawData, SourceError, describe
+from trainer.sources.vectors import save_vectors
 from trainer.splits import split_of
 from trainer.sweep import fixed, sweep, sweep_table
+from trainer.titles import TFIDF, TextError, text_vectors
 from trainer.train import Share, TrainingError
 from trainer.warm import WarmStartError
 
 KNOWN_ERRORS = (
-    BackupError, BundleError, CatalogueError, CompareError, ConfigError, DatasetError, ExportError, PublishRefusedError,
-    SchemaError, SourceError, TrainingError, WarmStartError,
+    BackupError, BundleError, CatalogueError, CompareError, ConfigError, DatasetError, ExportError,
+    PublishRefusedError, SchemaError, SourceError, TextError, TrainingError, WarmStartError,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -294,6 +299,39 @@ def predict(
         f"{excluded.users_touched:,} users touched, {excluded.future_in_lists:,} items kept out of the top {k}; "
         f"{excluded.without_history:,} users answered by popularity"
     )
+
+
+@app.command()
+def vectors(
+    presets: Presets,
+    out: Annotated[Path, typer.Option(help="File to write; `data.vectors.title=FILE` reads it.")],
+    model: Annotated[str, typer.Option(help="tfidf, or a sentence-transformers model: folder or name.")] = TFIDF,
+    text: Annotated[str, typer.Option(help="title and fields of categories, with commas between.")] = "title,genre",
+    width: Annotated[int, typer.Option(min=2, help="Numbers a vector, with tfidf.")] = 64,
+) -> None:
+    """Vectors of what is written about the items, for `model.metadata.fields=[title]`."""
+    found = text_vectors(dataset_of(configs_of(presets)[0]), text.split(","), model, width)
+    save_vectors(out, found)
+    say(f"{out}: {len(found.item_ids):,} vectors of width {found.values.shape[1]} by {model} from {text}")
+
+
+@app.command()
+def cold(
+    presets: Presets,
+    share: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the items to hold out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Decides which items.")] = 0,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Hold items out of training and find them by their metadata alone."""
+    for config in configs_of(presets):
+        folder = runs / config.name / "cold"
+        shutil.rmtree(folder, ignore_errors=True)
+        held = hold_out(dataset_of(config), share, seed)
+        say(f"{config.name}: {len(held.items):,} items held out, asked {len(held.asked):,} times")
+        found = measure_cold(config, held, folder, seed)
+        (folder / "cold.json").write_text(json.dumps(found, indent=2) + "\n")
+        say(f"vectors made of {', '.join(['id', *found['fields']])}; {found['epochs']} epochs; {folder / 'cold.json'}")
+        say(cold_table(found))
 
 
 @app.command("settings")

@@ -25,6 +25,7 @@ from trainer.sources import SOURCES, SourceConfig
 PRESETS = Path(__file__).parent / "configs"
 AvailabilityPolicy = Literal["first_event", "always"]
 BlockKind = Literal["pre_norm", "original", "gated"]
+Fusion = Literal["add", "concat", "gate"]
 Loss = Literal["cross_entropy", "sampled_softmax", "gbce", "bce"]
 LOSS_SETTINGS: Final = {
     "negatives": ("sampled_softmax", "gbce", "bce"),
@@ -50,6 +51,29 @@ class DataConfig(_Section):
     availability: AvailabilityPolicy = Field(
         "first_event", description="Items without a declared date exist from their first event, or always."
     )
+    vectors: dict[str, Path] = Field(
+        {}, description="{field: file} of item vectors, as `python -m trainer vectors` writes them."
+    )
+
+
+class MetadataConfig(_Section):
+    """What item vectors are made of beside the item's id."""
+
+    fields: tuple[str, ...] = Field(
+        (), description="Fields of item categories (genre, director, ...) and of vectors (title); none: ids alone."
+    )
+    fusion: Fusion = Field("add", description="How id and fields become one vector: add, concat or gate.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="How often an item goes without a field in a training step.")
+    id_dropout: float = Field(
+        0.1, ge=0, lt=1, description="How often without its id, so that items without events get useful vectors."
+    )
+    min_items: int = Field(2, ge=1, description="Items in training that must carry a value for it to be read.")
+    max_values: int = Field(16, ge=1, description="Values of a field that are read of an item at most.")
+
+    @field_validator("fields")
+    @classmethod
+    def _once(cls, fields: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(fields))
 
 
 class ModelConfig(_Section):
@@ -74,6 +98,7 @@ class ModelConfig(_Section):
     feedforward: int = Field(1, ge=1, description="Width of the feed-forward layer, in multiples of hidden_units.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Of embeddings, attention and layers.")
     max_length: int = Field(200, ge=2, le=200, description="T: newest events that the model reads.")
+    metadata: MetadataConfig = MetadataConfig()
 
     @model_validator(mode="after")
     def _a_mask_has_a_time(self) -> Self:

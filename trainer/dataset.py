@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from shared.bundle import AvailabilityInfo, DataInfo
 from shared.catalogue import Availability, Catalogue, Item
+from shared.categories import field_of
 from shared.events import BoolArray, Events, HistoryPolicy, IntArray, history_of
 from shared.popularity import Popularity
 from shared.times import BEGINNING, END, UNDATED, render
 from trainer.config import AvailabilityPolicy, DataConfig
 from trainer.sources import RawData, load_source
+from trainer.sources.vectors import read_vectors
 
 
 class DatasetError(Exception):
@@ -42,6 +45,7 @@ class Dataset:
     has_times: bool
     availability: AvailabilityInfo
     notes: tuple[str, ...]
+    vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # field -> (N, d), zeros for none
 
     @property
     def user(self) -> IntArray:
@@ -101,7 +105,8 @@ def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
             f"the policy names {', '.join(config.history.sequence_types)}; set data.history.sequence_types"
         )
     unnamed = [k for k in kinds if not config.history.names(k)]
-    notes = (f"event types outside the policy, left out: {', '.join(unnamed)}",) if unnamed else ()
+    notes = [f"event types outside the policy, left out: {', '.join(unnamed)}"] if unnamed else []
+    vectors, missing = _item_vectors(raw, config, catalogue)
     counts = np.bincount(histories.user[kept], minlength=len(users))
     return Dataset(
         source=raw.name,
@@ -116,8 +121,30 @@ def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
         seen=histories.seen[kept],
         has_times=raw.has_times,
         availability=availability,
-        notes=notes,
+        notes=(*notes, *missing),
+        vectors=vectors,
     )
+
+
+def _item_vectors(
+    raw: RawData, config: DataConfig, catalogue: Catalogue
+) -> tuple[dict[str, NDArray[np.float32]], list[str]]:
+    """Field -> (N, d) of the source's own vectors and of the files that the settings name, and what is missing."""
+    found, notes = dict(raw.vectors), []
+    for name, file in config.vectors.items():
+        if file.is_file():
+            found[name] = read_vectors(file)
+        else:
+            notes.append(f"no {file}: items have no vectors of {name}")
+    fields = {field_of(category) for item in catalogue.items for category in item.categories}
+    if both := sorted(fields & found.keys()):
+        raise DatasetError(f"{', '.join(both)}: categories and vectors of one name; rename it in data.vectors")
+    ids = [item.item_id for item in catalogue.items]
+    vectors = {name: one.rows_of(ids) for name, one in found.items()}
+    for name, rows in vectors.items():
+        if bare := int(np.count_nonzero(~rows.any(1))):
+            notes.append(f"{bare:,} of {len(ids):,} items have no vector of {name}")
+    return vectors, notes
 
 
 def _codes(column: pl.Series, values: pl.Series) -> IntArray:

@@ -1,6 +1,7 @@
 """torch to ONNX, with proof that both answer the same.
 
-The exported graph is the whole query: items (B, T) and lengths (B,) in, query (B, D) out, both axes free.
+The exported graph is the whole query: items (B, T) and lengths (B,) in, query (B, D) out, both axes free. A model that
+reads metadata has a second one, the item tower: what is known of items in, vectors (B, D) out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -22,11 +24,14 @@ from shared.encoder import Encoder as OnnxEncoder
 from shared.encoder import EncoderSpec, Vectors
 from shared.sequences import mask_index, pack
 from shared.times import SECOND
+from shared.tower import TOWER, TOWER_SPEC, ItemTower, TowerSpec
 from trainer.config import RunConfig
+from trainer.items import ItemTable
 from trainer.transformer import Encoder
 
 TOLERANCE: Final = 1e-4
 PROBES: Final = 8  # random histories for each length
+TOWER_PROBES: Final = 2_000  # items
 
 
 Weights = Mapping[str, NDArray[np.float32]]
@@ -34,6 +39,26 @@ Weights = Mapping[str, NDArray[np.float32]]
 
 class ExportError(Exception):
     """The exported network does not say what the trained one says; it must not be published."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An item tower in the form a bundle takes."""
+
+    onnx: bytes
+    spec: TowerSpec
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `ItemTower.load` reads."""
+        (folder / TOWER).write_bytes(self.onnx)
+        (folder / TOWER_SPEC).write_text(self.spec.model_dump_json() + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Tower | None:
+        """What `save` wrote; None where there is nothing."""
+        if not (folder / TOWER).is_file():
+            return None
+        return cls((folder / TOWER).read_bytes(), TowerSpec.model_validate_json((folder / TOWER_SPEC).read_text()))
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,7 @@ class Exported:
     spec: EncoderSpec
     parity: Parity
     weights: Weights  # by name, for a later warm start
+    tower: Tower | None = None  # where the model reads metadata
 
 
 class _Query(nn.Module):
@@ -66,7 +92,11 @@ def export(encoder: Encoder, config: RunConfig) -> Exported:
     model = to_onnx(encoder)
     vectors = np.ascontiguousarray(encoder.vectors.detach().cpu().numpy(), np.float32)
     spec = encoder.spec()
-    return Exported(model, vectors, spec, prove(encoder, OnnxEncoder(model, spec), vectors), weights_of(encoder))
+    parity = prove(encoder, OnnxEncoder(model, spec), vectors)
+    tower = export_tower(encoder.items)
+    if tower is not None:
+        parity = parity.model_copy(update={"max_tower_difference": prove_tower(encoder.items, tower)})
+    return Exported(model, vectors, spec, parity, weights_of(encoder), tower)
 
 
 def weights_of(encoder: Encoder) -> Weights:
@@ -86,14 +116,19 @@ def to_onnx(encoder: Encoder) -> bytes:
     if encoder.clock != "none":
         example["ages"] = torch.ones(2, T, T, dtype=torch.int32)
         shapes["ages"] = {0: batch, 1: time, 2: time}
+    return _onnx_of(_Query(encoder), list(example), "query", shapes, kwargs=example)
+
+
+def _onnx_of(network: nn.Module, names: list[str], output: str, shapes: Any, **example: Any) -> bytes:
+    """One ONNX file of a network; `example` inputs are `args` or `kwargs`."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter itself
         program = torch.onnx.export(
-            _Query(encoder).eval(),
-            kwargs=example,
-            input_names=list(example),
-            output_names=["query"],
+            network.eval(),
+            **example,
+            input_names=names,
+            output_names=[output],
             dynamic_shapes=shapes,
             dynamo=True,
             external_data=False,
@@ -133,6 +168,47 @@ def prove(encoder: Encoder, exported: OnnxEncoder, vectors: Vectors, seed: int =
     if not (vector_gap <= TOLERANCE and score_gap <= TOLERANCE and changes == 0):  # `not`: nan must fail too
         raise ExportError(f"torch and ONNX differ by more than {TOLERANCE}: {parity}")
     return parity
+
+
+# --- the item tower -----------------------------------------------------------------------------------
+
+
+class _Tower(nn.Module):
+    """What is exported: `ItemTable.of_features` under the name `forward`."""
+
+    def __init__(self, items: ItemTable) -> None:
+        super().__init__()
+        self.items = items
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.items.of_features(inputs)
+
+
+def export_tower(items: ItemTable) -> Tower | None:
+    """The tower of a table that reads metadata; None of one that does not."""
+    if items.spec is None:
+        return None
+    inputs = tuple(rows[1:3] for rows in items.rows())
+    inputs = tuple(rows if len(rows) == 2 else rows.repeat(2, 1) for rows in inputs)
+    batch = torch.export.Dim("batch")
+    shapes = (tuple({0: batch} for _ in inputs),)  # one *args
+    return Tower(_onnx_of(_Tower(items), list(items.spec.fields), "vector", shapes, args=inputs), items.spec)
+
+
+def prove_tower(items: ItemTable, tower: Tower) -> float:
+    """Largest difference between ONNX and torch over the items of the catalogue. Raises ExportError beyond `TOLERANCE`.
+
+    The last row is an item of which nothing is known.
+    """
+    inputs = [rows[1 : TOWER_PROBES + 1] for rows in items.rows()]
+    inputs = [torch.cat((rows, torch.zeros_like(rows[:1]))) for rows in inputs]
+    with torch.no_grad():
+        wanted = items.of_features(inputs).numpy()  # (B, D)
+    fed = {field: rows.numpy() for field, rows in zip(tower.spec.fields, inputs, strict=True)}
+    difference = _larger(0.0, wanted - ItemTower(tower.onnx, tower.spec).run(fed))
+    if not difference <= TOLERANCE:
+        raise ExportError(f"torch and ONNX of the item tower differ by {difference}, more than {TOLERANCE}")
+    return difference
 
 
 def _larger(gap: float, difference: NDArray[np.float32]) -> float:

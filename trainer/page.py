@@ -16,9 +16,10 @@ Point = tuple[float, float]
 
 STYLE: Final = """
 :root { color-scheme: light dark; --text: #1c2330; --dim: #667085; --line: #e4e7ec; --card: #fff; --ground: #f6f7f9;
-  --model: #2f6fde; --rival: #a3adbd; --second: #d9822b; }
+  --model: #2f6fde; --rival: #a3adbd; --second: #d9822b; --third: #2e9e6b; --fourth: #8e5bd0; --fifth: #c8475d; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e9ef; --dim: #98a2b3; --line: #333a47; --card: #1b202a;
-  --ground: #12151c; --model: #6ea2ff; --rival: #667085; --second: #f0a355; } }
+  --ground: #12151c; --model: #6ea2ff; --rival: #667085; --second: #f0a355; --third: #5cc796; --fourth: #b18be8;
+  --fifth: #ee7f92; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1000px; margin: 0 auto; padding: 32px 20px 60px; }
@@ -43,15 +44,17 @@ svg text { fill: var(--dim); } svg text.value { fill: var(--text); }
 .model-fill { fill: var(--model); } .rival-fill { fill: var(--rival); }
 .curve { fill: none; stroke-width: 2; }
 .c0 { stroke: var(--model); } .c1 { stroke: var(--second); } .c2 { stroke: var(--rival); }
+.c3 { stroke: var(--third); } .c4 { stroke: var(--fourth); } .c5 { stroke: var(--fifth); }
 .d0 { fill: var(--model); } .d1 { fill: var(--second); } .d2 { fill: var(--rival); }
+.d3 { fill: var(--third); } .d4 { fill: var(--fourth); } .d5 { fill: var(--fifth); }
 .best { stroke: var(--dim); stroke-dasharray: 3 3; }
 """
 
 
 def page(report: Report) -> str:
     """The whole document for the numbers of `trainer.report.report`."""
-    parts = [_head(report), _against(report), _curves(report), _groups(report), _lists(report), _rule(report)]
-    body = "\n".join([*parts, _data(report), _settings(report)])
+    parts = [_head(report), _against(report), _curves(report), _gates(report), _groups(report), _lists(report)]
+    body = "\n".join([*parts, _rule(report), _data(report), _settings(report)])
     title = f"{report['name']}: {report['data']['source']}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -150,6 +153,21 @@ def _series(rows: Sequence[Mapping[str, float]], name: str) -> list[Point]:
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _gates(report: Report) -> str:
+    """What item vectors are made of; nothing unless the fusion is a gate."""
+    rows = [(name, g["mean"], (g["low"], g["high"]), True) for name, g in report["gates"].items()]
+    if not rows:
+        return ""
+    note = (
+        "Share of an item's vector that its id and each field contribute: the mean over items with training events; "
+        "whiskers are the 10th and 90th percentile of items."
+    )
+    return (
+        f'<h2>What item vectors are made of</h2><p class="dim">{note}</p>'
+        f'<div class="row">{_card("Gates", bars(rows))}</div>'
+    )
 
 
 GROUPS: Final = {
@@ -316,7 +334,7 @@ def curves(series: Mapping[str, Sequence[Point]], kept: int) -> str:
         parts.append(f'<line class="best" x1="{x(kept):.1f}" x2="{x(kept):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     at = float(LEFT)
     for place, (name, line) in enumerate(series.items()):
-        style = place % 3
+        style = place % 6
         path = " ".join(f"{x(e):.1f},{y(v):.1f}" for e, v in line)
         dots = "".join(f'<circle class="d{style}" r="2" cx="{x(e):.1f}" cy="{y(v):.1f}"/>' for e, v in line)
         parts.append(f'<polyline class="curve c{style}" points="{path}"/>{dots if len(line) <= 40 else ""}')

@@ -5,7 +5,7 @@ Each step leaves its result in the run's folder, so that the commands of the CLI
     runs/sasrec/split/   config.yaml  started.json  last.ckpt  sasrec-epoch=31-....ckpt  tensorboard/  epochs.csv
                          fit.json  metrics.json  baselines.json  ranks.npz  validation.npz  report.json  report.html
     runs/sasrec/all/     config.yaml  started.json  last.ckpt  tensorboard/  epochs.csv  fit.json
-                         export/{encoder.onnx,vectors.npy,weights.npz,export.json,index.hnsw}
+                         export/{encoder.onnx,vectors.npy,weights.npz,export.json,index.hnsw,tower.onnx,tower.json}
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from trainer.compare import RANKS, CaseRanks
 from trainer.config import ConfigError, EvaluationConfig, RunConfig, validate
 from trainer.dataset import Cases, Dataset, Sequences, Split, everything
 from trainer.evaluate import TOP, list_ranks, served_metrics
-from trainer.export import Exported, export
+from trainer.export import Exported, Tower, export
+from trainer.items import digest, features_of
 from trainer.metrics import intervals, metrics
 from trainer.publish import Candidate, Fit, check_gate, measure, publish
 from trainer.report import write_report
@@ -141,6 +142,8 @@ class Run:
         (target / "encoder.onnx").write_bytes(exported.onnx)
         np.save(target / "vectors.npy", exported.vectors)
         np.savez(target / WEIGHTS, **exported.weights)  # type: ignore[arg-type]
+        if exported.tower is not None:
+            exported.tower.save(target)
         self.write(
             "export/export.json",
             {
@@ -164,6 +167,7 @@ class Run:
             EncoderSpec.model_validate(found["spec"]),
             Parity.model_validate(found["parity"]),
             weights,
+            Tower.load(target),
         )
 
     @property
@@ -173,9 +177,13 @@ class Run:
 
 
 def identity(config: RunConfig, dataset: Dataset) -> str:
-    """Hash of what decides the weights: data, held-out events, network, training. Name, index and publishing do not."""
+    """Hash of what decides the weights: events, metadata that the network reads, held-out events, network, training.
+
+    Name, index and publishing do not.
+    """
     settings = config.model_dump(mode="json", include={"data", "model", "training"})
-    text = json.dumps([settings, config.evaluation.held_out, dataset.info().fingerprint], sort_keys=True)
+    known = digest(dataset, config.model.metadata.fields)
+    text = json.dumps([settings, config.evaluation.held_out, dataset.info().fingerprint, known], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -209,12 +217,13 @@ def train(
     run = Run.of(runs, config.name, which)
     sequences, validation = _part(config, dataset, which)  # before `start`: what cannot be split replaces no run
     epochs = epochs or _chosen_epochs(config, which, runs)
+    features = features_of(dataset, sequences, config.model.metadata, config.model.hidden_units)
     first = _first_weights(config, dataset, which, say)
     mine = Share.mine()
     kept = mine.by_first(lambda: run.start(config, dataset, epochs, resume=resume))
     fitted = fit(
         config, len(dataset.catalogue), sequences, validation, run.folder,
-        epochs=epochs, resume=kept, prepare=first,
+        features=features, epochs=epochs, resume=kept, prepare=first,
     )  # fmt: skip
     mine.by_first(lambda: run.save_fit(fitted, dataset.info().fingerprint))
     return fitted
@@ -289,6 +298,7 @@ def evaluate(
             "run": identity(config, dataset),
             "epochs": model.epochs,
             "validation_ndcg@10": model.best,
+            "gates": model.encoder.items.gate_summary(),
             "bundle": {},
             "torch": {},
         }

@@ -70,9 +70,10 @@ def write_bundle(
     write_data(folder, dataset.catalogue, popularity)
     for name, candidate in candidates.items():
         index = candidate.index or index_of(candidate.exported, candidate.config.index)
-        write_model(
-            folder, name, candidate.exported.onnx, candidate.exported.vectors, index, candidate.exported.weights
-        )
+        exported = candidate.exported
+        write_model(folder, name, exported.onnx, exported.vectors, index, exported.weights)
+        if exported.tower is not None:
+            exported.tower.save(folder / "models" / name)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         version=new_version(),

@@ -61,6 +61,7 @@ def report(
         "validation_ndcg@10": measured["validation_ndcg@10"],
         "baselines": dict(baselines),
         "epochs": list(epochs),
+        "gates": measured.get("gates", {}),
         "groups": {
             "history_length": groups(test, ranks, np.array([len(h) for h in test.histories()]), LENGTHS),
             "item_popularity": groups(test, ranks, split.popularity.popular(END)[test.target], COUNTS),

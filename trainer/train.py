@@ -16,6 +16,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
@@ -23,10 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from shared.events import IntArray
 from shared.sequences import LARGEST_BUCKET, pack, pack_slices, time_buckets
+from shared.tower import TowerSpec
 from trainer.config import RunConfig, TrainingConfig
 from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
 from trainer.evaluate import full_ranks, vector_scores
+from trainer.items import Features
 from trainer.metrics import metrics
 from trainer.objectives import loss_of, mask_items, shift
 from trainer.transformer import Encoder
@@ -151,12 +154,18 @@ class SequenceModel(pl.LightningModule):
     share: Tensor  # (N,) of each item in the training events
 
     def __init__(
-        self, config: RunConfig, item_count: int, tokens_per_batch: float, share: Tensor, validation: Cases | None
+        self,
+        config: RunConfig,
+        item_count: int,
+        tokens_per_batch: float,
+        share: Tensor,
+        validation: Cases | None,
+        features: Features | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("share", share, persistent=False)
         self.config, self.validation, self.tokens_per_batch = config, validation, tokens_per_batch
-        self.encoder = Encoder(config.model, item_count)
+        self.encoder = Encoder(config.model, item_count, features)
         self.mine = Share.mine()
         self.save_hyperparameters({"config": config.model_dump(mode="json"), "item_count": item_count}, logger=False)
 
@@ -181,7 +190,8 @@ class SequenceModel(pl.LightningModule):
         inputs, targets = self._pose(batch)
         table = self.encoder.items()  # (N + 2, D), once for inputs and scores
         hidden, vectors = self.encoder(inputs, batch.ages, table), self.encoder.vectors_of(table)
-        total = loss_of(hidden, targets, vectors, self.config.training, self.share)
+        targets, vectors, share = self._candidates(targets, vectors)
+        total = loss_of(hidden, targets, vectors, self.config.training, share)
         # Several processes take the mean of their gradients, and the batch is the sum of their shares.
         loss = total / self.tokens_per_batch * self.mine.size
         if not torch.isfinite(loss):
@@ -193,6 +203,18 @@ class SequenceModel(pl.LightningModule):
         mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.log("train_loss", mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(inputs))
         return loss
+
+    def _candidates(self, targets: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets, and the vectors and shares of the items that the loss sets against each other.
+
+        A vector made of metadata is shared: an item without events, which can only be wrong, would teach that its genre
+        is. So only items with events take part, numbered anew, where there is metadata.
+        """
+        if self.encoder.items.spec is None:
+            return targets, vectors, self.share
+        some = self.share > 0  # (N,)
+        number = F.pad(some.cumsum(0) * some, (1, 0))  # (N + 1,): 1..n for items with events
+        return number[targets], vectors[some], self.share[some]
 
     def _pose(self, rows: Rows) -> tuple[Tensor, Tensor]:
         if self.config.model.kind == "sasrec":
@@ -208,6 +230,13 @@ class SequenceModel(pl.LightningModule):
         found = evaluate_torch(self.encoder, self.config, self.validation)
         for name in ("ndcg@10", "hr@10", "mrr"):
             self.log(f"val_{name}", found.get(name, 0.0), prog_bar=name == "ndcg@10", batch_size=1)
+        for part, weights in self.encoder.items.gates().items():
+            self.log(f"val_gate/{part}", weights.mean(), batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the item table reads is part of the network's shape."""
+        if self.encoder.items.spec is not None:
+            checkpoint["metadata"] = self.encoder.items.spec.model_dump()
 
 
 def lr_share(step: int, steps: int, settings: TrainingConfig) -> float:
@@ -273,6 +302,7 @@ def fit(
     validation: Cases | None,
     folder: Path,
     *,
+    features: Features | None = None,
     epochs: int | None = None,
     resume: bool = False,
     prepare: Callable[[Encoder], None] | None = None,
@@ -289,7 +319,8 @@ def fit(
     torch.set_num_threads(config.training.threads)
     mine = Share.mine()
     data = Batches(sequences, config, mine)
-    model = SequenceModel(config, item_count, data.tokens_per_batch(), data.popularity(item_count), validation)
+    popularity = data.popularity(item_count)
+    model = SequenceModel(config, item_count, data.tokens_per_batch(), popularity, validation, features)
     model.encoder.largest_time.fill_(data.largest_time)
     if prepare is not None:
         prepare(model.encoder)
@@ -352,7 +383,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | floa
     """Every setting under its dotted name, in the forms that TensorBoard's HPARAMS page takes."""
     found: dict[str, str | float | bool] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             found |= _flat(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value if isinstance(value, str | float | int) else json.dumps(value)
@@ -363,7 +394,10 @@ def load_encoder(checkpoint: Path) -> tuple[Encoder, RunConfig]:
     """The encoder of a checkpoint that `fit` wrote, with its settings."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     config = RunConfig.model_validate(saved["hyper_parameters"]["config"])
-    encoder = Encoder(config.model, int(saved["hyper_parameters"]["item_count"]))
+    item_count = int(saved["hyper_parameters"]["item_count"])
+    spec = saved.get("metadata")
+    features = None if spec is None else Features.blank(TowerSpec.model_validate(spec), item_count)
+    encoder = Encoder(config.model, item_count, features)
     prefix = "encoder."
     state = {k.removeprefix(prefix): v for k, v in saved["state_dict"].items() if k.startswith(prefix)}
     encoder.load_state_dict(state)

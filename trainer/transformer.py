@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from shared.encoder import EncoderSpec
 from shared.sequences import LARGEST_BUCKET, PAD
 from trainer.config import BlockKind, ModelConfig
-from trainer.items import ItemTable
+from trainer.items import Features, ItemTable
 
 INIT_STD: Final = 0.02
 HIDDEN: Final = -1e9  # added to a score that must not count; not -inf, which makes nan of a row of them
@@ -157,12 +157,12 @@ class Encoder(nn.Module):
 
     largest_time: Tensor  # () largest bucket of time that training saw
 
-    def __init__(self, config: ModelConfig, item_count: int) -> None:
+    def __init__(self, config: ModelConfig, item_count: int, features: Features | None = None) -> None:
         super().__init__()
         self.item_count, self.dropout = item_count, config.dropout
         self.causal = config.kind == "sasrec"
         D = config.hidden_units
-        self.items = ItemTable(item_count, D)
+        self.items = ItemTable(item_count, D, config.metadata, features)
         self.longest = config.max_length
         self.positions = nn.Embedding(config.max_length, D) if config.positions == "learned" else None
         self.clock, self.biased = config.time_bias, config.position_bias or config.time_bias != "none"
@@ -170,14 +170,13 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.block](config, self.causal) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(D, eps=1e-8)
         self.apply(self._initialise)
-        with torch.no_grad():
-            self.items.ids.weight[PAD].zero_()
+        self.items.start()
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=INIT_STD)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def forward(self, items: Tensor, ages: Tensor | None = None, table: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from shared.bundle import MANIFEST, WEIGHTS, Bundle, Manifest, current_version
 from shared.catalogue import Catalogue
 from shared.events import IntArray
 from shared.times import parse
+from shared.tower import TOWER_SPEC, TowerSpec
 from trainer.dataset import Dataset, Split
 from trainer.export import Weights
 from trainer.transformer import Encoder
@@ -29,6 +30,7 @@ class Published:
     catalogue: Catalogue
     name: str
     weights: Weights
+    metadata: TowerSpec | None = None  # what its item vectors are made of beside ids
 
     @classmethod
     def load(cls, place: Path, name: str) -> Published:
@@ -41,7 +43,9 @@ class Published:
             raise WarmStartError(f"{folder} holds no weights of a model {name!r} to start from")
         with np.load(file, allow_pickle=False) as found:
             weights = {part: found[part] for part in found.files}
-        return cls(bundle.manifest, bundle.catalogue, name, weights)
+        spec = file.parent / TOWER_SPEC
+        metadata = TowerSpec.model_validate_json(spec.read_text()) if spec.is_file() else None
+        return cls(bundle.manifest, bundle.catalogue, name, weights, metadata)
 
     def saw(self, dataset: Dataset, split: Split) -> bool:
         """Whether it may have been trained on what `split` holds out: then its validation would be worth nothing."""
@@ -57,19 +61,19 @@ class Published:
     def give(self, encoder: Encoder, catalogue: Catalogue) -> str:
         """Copy what fits into `encoder`, whose items are `catalogue`'s; what was done, in words.
 
-        Rows of items are matched by id; an item that the bundle does not know keeps its random vector, and so does a
-        part of the item table that has another form now. The encoder's own parts must have the same form: raises
-        WarmStartError.
+        Rows of items are matched by id, those of categories by value; what the bundle does not know keeps its random
+        vector, and so does a part of the item table that has another form now. The encoder's own parts must have the
+        same form: raises WarmStartError.
         """
         rows = self._rows(catalogue)  # (N + 2,) row in the bundle of each row here, -1 for none
-        old, new = len(self.catalogue) + 2, len(catalogue) + 2
         with torch.no_grad():
             for part, weight in encoder.named_parameters():
-                given, by_item = self.weights.get(part), part.startswith("items.") and len(weight) == new
-                if given is not None and by_item and given.shape == (old, *weight.shape[1:]):
-                    known = rows >= 0
-                    weight[torch.from_numpy(known)] = torch.from_numpy(given[rows[known]])
-                elif given is not None and given.shape == weight.shape:
+                origin, matched = self._origin(part, encoder.items.spec, rows)
+                given = self.weights.get(origin)
+                if given is not None and matched is not None and given.shape[1:] == weight.shape[1:]:
+                    known = matched >= 0
+                    weight[torch.from_numpy(known)] = torch.from_numpy(given[matched[known]])
+                elif given is not None and matched is None and given.shape == weight.shape:
                     weight.copy_(torch.from_numpy(given))
                 elif not part.startswith("items."):
                     had = "nothing" if given is None else str(given.shape)
@@ -79,6 +83,24 @@ class Published:
                     )
         known_items = int((rows[1:-1] >= 0).sum())
         return f"started from {self.name} of {self.manifest.version}: {known_items:,} of {len(catalogue):,} items known"
+
+    def _origin(self, part: str, spec: TowerSpec | None, rows: IntArray) -> tuple[str, IntArray | None]:
+        """Which weight of the bundle a part takes ("": none), and the row in it of each row here, where rows differ."""
+        if part == "items.ids.weight":
+            return part, rows
+        if not part.startswith("items.") or spec is None or self.metadata is None:
+            return part, None
+        if not part.startswith("items.parts."):  # what weighs the parts
+            return (part if spec.fields == self.metadata.fields else ""), None
+        place, _, weight = part.removeprefix("items.parts.").partition(".")
+        field, mine = spec.fields[int(place)], self.metadata
+        if field not in mine.fields or (field in spec.categories) != (field in mine.categories):
+            return "", None
+        origin = f"items.parts.{mine.fields.index(field)}.{weight}"
+        if field not in spec.categories:
+            return origin, None
+        numbers = mine.categories[field].number_of
+        return origin, np.array([0, *(numbers.get(value, -1) for value in spec.categories[field].values)], np.int64)
 
     def _rows(self, catalogue: Catalogue) -> IntArray:
         by_id = self.catalogue.index_by_id

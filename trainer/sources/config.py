@@ -80,6 +80,8 @@ class ItemColumns(_Strict):
     withdrawn: ColumnName | None = None
     categories: ColumnName | dict[FieldName, ColumnName] | None = None
     """`{field: column}`; a plain column name means the field `category`. Lists, or text with a separator."""
+    vectors: dict[FieldName, ColumnName] = {}
+    """`{field: column}`: vectors for the item features, as lists of numbers, or text with blanks between numbers."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -126,8 +128,9 @@ class FilesSource(_Source):
 
 
 class FolderSource(_Source):
-    """A folder with `train_ratings.csv` (user,item[,time]) and, as far as they are there, `titles.tsv` (item, title),
-    `years.tsv` (item, year), `genres.tsv` (item, genre), `directors.tsv` and `writers.tsv`."""
+    """A folder with `train_ratings.csv` (user,item[,time]) and, as far as they are there, `titles.tsv` (item, title or
+    a vector of it: numbers with blanks between), `years.tsv` (item, year), `genres.tsv` (item, genre), `directors.tsv`
+    and `writers.tsv`."""
 
     kind: Literal["folder"]
     path: Path

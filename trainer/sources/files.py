@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from trainer.sources.config import FilesSource, FolderSource, MovieLensSource
 from trainer.sources.errors import MissingFileError
 from trainer.sources.report import ITEMS_SCHEMA, NO_TIMES, RawData, SourceReport
 from trainer.sources.tables import header_of, read_table
+from trainer.sources.vectors import ItemVectors, vectors_in, vectors_of_column
 
 YEAR_IN_TITLE = r"\((\d{4})(?:\s*[\u2013-][^()]*)?\)(?: \(V\))?\s*$"  # "(1995)", "(2007-2010)", "(1995) (V)"
 NO_GENRES = "(no genres listed)"
+TITLES = "titles.tsv"
 FOLDER_TABLES = {  # file -> column beside `item`, role it takes
-    "titles.tsv": ("title", "title"),
+    TITLES: ("title", "title"),
     "years.tsv": ("year", "year"),
     "genres.tsv": ("genre", CATEGORY + "genre"),
     "directors.tsv": ("director", CATEGORY + "director"),
@@ -37,13 +39,14 @@ def load_files(config: FilesSource) -> RawData:
         assume_utc=config.assume_utc,
     )
     items = _load_items(config)
-    return _raw(config.events.name, events, [items] if items else [], has_times=config.columns.time is not None)
+    has_times = config.columns.time is not None
+    return _raw(config.events.name, events, [items] if items else [], _vectors(config), has_times=has_times)
 
 
 def _load_items(config: FilesSource) -> Cleaned | None:
     if config.items is None or config.item_columns is None:
         return None
-    mapping = config.item_columns.model_dump(exclude={"categories"})
+    mapping = config.item_columns.model_dump(exclude={"categories", "vectors"})
     columns = {role: column for role, column in mapping.items() if column is not None}
     columns |= {CATEGORY + name: column for name, column in config.item_columns.category_columns().items()}
     table = read_table(config.items, columns, what="items file", file_format=config.items_format)
@@ -56,6 +59,18 @@ def _load_items(config: FilesSource) -> Cleaned | None:
     )
 
 
+def _vectors(config: FilesSource) -> dict[str, ItemVectors]:
+    """The vectors that columns of the items file hold."""
+    if config.items is None or config.item_columns is None or not config.item_columns.vectors:
+        return {}
+    columns = {"id": config.item_columns.id, **config.item_columns.vectors}
+    table = read_table(config.items, columns, what="items file", file_format=config.items_format).frame
+    return {
+        field: vectors_of_column(table["id"], table[field], f"{config.items.name}, column {column}")
+        for field, column in config.item_columns.vectors.items()
+    }
+
+
 def load_folder(config: FolderSource) -> RawData:
     """`train_ratings.csv` and whatever item tables lie beside it."""
     ratings = config.path / "train_ratings.csv"
@@ -66,14 +81,18 @@ def load_folder(config: FolderSource) -> RawData:
         columns["time"] = "time"
     table = read_table(ratings, columns, what="ratings file")
     events = clean_events(table, event_type="rating", max_bad_rows=config.max_bad_rows)
-    cleaned, notes = [], []
+    cleaned, vectors, notes = [], {}, []
     for name, (column, role) in FOLDER_TABLES.items():
         path = config.path / name
         if not path.is_file():
             notes.append(f"no {name}: items have no {column}")
             continue
+        if name == TITLES and (found := vectors_in(path)):
+            vectors["title"] = found
+            notes.append(f"{name} holds vectors of width {found.values.shape[1]}: items have no title in words")
+            continue
         cleaned.append(_item_table(path, column, role, config.max_bad_rows))
-    return _raw(config.path.absolute().name, events, cleaned, has_times="time" in columns, notes=notes)
+    return _raw(config.path.absolute().name, events, cleaned, vectors, has_times="time" in columns, notes=notes)
 
 
 def _item_table(path: Path, column: str, role: str, max_bad_rows: float) -> Cleaned:
@@ -96,15 +115,23 @@ def load_movielens(config: MovieLensSource) -> RawData:
     )
     items = clean_items(replace(movies, frame=frame), max_bad_rows=config.max_bad_rows)
     notes = ["events of one user in the same second keep the order of the file, which MovieLens sorts by movie id"]
-    return _raw(config.path.absolute().name, events, [items], has_times=True, notes=notes)
+    return _raw(config.path.absolute().name, events, [items], {}, has_times=True, notes=notes)
 
 
-def _raw(name: str, events: Cleaned, items: list[Cleaned], *, has_times: bool, notes: Sequence[str] = ()) -> RawData:
+def _raw(
+    name: str,
+    events: Cleaned,
+    items: list[Cleaned],
+    vectors: Mapping[str, ItemVectors],
+    *,
+    has_times: bool,
+    notes: Sequence[str] = (),
+) -> RawData:
     said = (*events.notes, *(note for table in items for note in table.notes), *notes)
     report = SourceReport(
         events.report, tuple(table.report for table in items), said if has_times else (NO_TIMES, *said)
     )
-    return RawData(name, events.frame, _merge_items([table.frame for table in items]), report, has_times)
+    return RawData(name, events.frame, _merge_items([table.frame for table in items]), report, has_times, vectors)
 
 
 def _merge_items(frames: list[pl.DataFrame]) -> pl.DataFrame:

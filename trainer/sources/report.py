@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from shared.times import render
+from trainer.sources.vectors import ItemVectors
 
 EVENTS_SCHEMA = pl.Schema(
     {
@@ -81,6 +82,7 @@ class RawData:
     items: one row an item that the source declares: item_id str, title str or null, categories list of
         "field:value", available_from and available_until i64 microseconds or null, withdrawn bool.
         Events may name items that are not here.
+    vectors: field -> vectors that the source holds, of any items.
     """
 
     name: str
@@ -88,6 +90,7 @@ class RawData:
     items: pl.DataFrame
     report: SourceReport
     has_times: bool
+    vectors: Mapping[str, ItemVectors] = field(default_factory=dict)
 
 
 def describe(raw: RawData) -> str:
@@ -112,6 +115,7 @@ def _numbers(raw: RawData) -> list[tuple[str, str]]:
         ("times", _time_range(raw)),
         ("events a user", ", ".join(f"{name} {_quantile(per_user, q)}" for name, q in QUANTILES.items())),
         ("before the item's date", _share_before(raw)),
+        *((f"vectors of {name}", f"{len(v.item_ids):,}, width {v.values.shape[1]}") for name, v in raw.vectors.items()),
     ]
 
 

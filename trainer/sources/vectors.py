@@ -1,0 +1,147 @@
+"""Vectors of items, made elsewhere: one line an item, its id, a tab, and its numbers with blanks between.
+
+    item	vector
+    318	0.12 -0.70 0.03
+    2571	0.44 0.01 -0.25
+
+The header is optional and every line has as many numbers as the first. A column of a Parquet file may hold lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from trainer.sources.errors import MissingFileError, UnreadableFileError
+
+NUMBERS = pl.List(pl.Float32())
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """`values` (M, d) float32 of the items with these ids."""
+
+    item_ids: tuple[str, ...]
+    values: NDArray[np.float32]
+
+    def rows_of(self, item_ids: Sequence[str]) -> NDArray[np.float32]:
+        """(len(item_ids), d); zeros where an item has none. Of several rows with one id the first counts."""
+        place = {item_id: row for row, item_id in reversed(list(enumerate(self.item_ids)))}
+        rows = np.array([place.get(i, -1) for i in item_ids], np.int64)
+        found = np.zeros((len(rows), self.values.shape[1]), np.float32)
+        found[rows >= 0] = self.values[rows[rows >= 0]]
+        return found
+
+
+def read_vectors(path: Path) -> ItemVectors:
+    """A file of vectors. Raises MissingFileError, or UnreadableFileError that names the line."""
+    if not path.is_file():
+        raise MissingFileError(path, "vector file")
+    table = _lines(path)
+    found = _as_vectors(table["item"], table["value"].str.split(" "), path.name, table["line"])
+    if found is None:
+        raise UnreadableFileError(f"{path} holds no vectors: each line is an item id, a tab, and numbers with blanks")
+    return found
+
+
+def vectors_in(path: Path) -> ItemVectors | None:
+    """The vectors of a file such as `titles.tsv` that may also hold text; None where it does.
+
+    It holds vectors when every value is the same number of numbers, two at least.
+    """
+    table = _lines(path)
+    numbers = _numbers(table["value"].str.split(" "))
+    widths = numbers.list.len().unique()
+    if len(numbers) and len(widths) == 1 and int(widths[0]) >= 2 and not _has_gap(numbers):
+        return ItemVectors(tuple(table["item"]), _array(numbers))
+    return None
+
+
+def vectors_of_column(item_ids: pl.Series, column: pl.Series, what: str) -> ItemVectors:
+    """Vectors from a column of lists, or of text with blanks between numbers. Raises UnreadableFileError."""
+    lists = column if isinstance(column.dtype, pl.List | pl.Array) else column.cast(pl.String).str.split(" ")
+    there = lists.is_not_null() & item_ids.is_not_null()
+    line = pl.int_range(1, len(lists) + 1, eager=True)
+    found = _as_vectors(item_ids.cast(pl.String).filter(there), lists.filter(there), what, line.filter(there))
+    if found is None:
+        raise UnreadableFileError(f"{what} holds no vectors: map a column of lists of numbers")
+    return found
+
+
+def save_vectors(path: Path, vectors: ItemVectors) -> None:
+    """Write what `read_vectors` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write("item\tvector\n")
+        file.writelines(_written(vectors))
+
+
+def _written(vectors: ItemVectors) -> Iterator[str]:
+    for item_id, row in zip(vectors.item_ids, vectors.values, strict=True):
+        yield f"{item_id}\t{' '.join(f'{x:.6g}' for x in row)}\n"
+
+
+def _lines(path: Path) -> pl.DataFrame:
+    """line i64, item str, value str (blanks single), of every line that has both; a header is left out."""
+    cells = pl.col("text").str.splitn("\t", 2)
+    table = (
+        pl.scan_lines(path, name="text", row_index_name="line", row_index_offset=1, glob=False)
+        .with_columns(
+            pl.col("line").cast(pl.Int64),
+            item=cells.struct[0].str.strip_chars("﻿ "),
+            value=cells.struct[1].str.strip_chars().str.replace_all(r"\s+", " "),
+        )
+        .filter(pl.col("text").str.strip_chars().str.len_bytes() > 0)
+        .select("line", "item", "value")
+        .collect()
+    )
+    header = table.height > 0 and not _is_number((table["value"][0] or "").partition(" ")[0])
+    return table.slice(1) if header else table
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _numbers(texts: pl.Series) -> pl.Series:
+    """Lists of f32, null where there is no finite number."""
+    number = pl.element().cast(pl.Float32, strict=False)
+    return texts.list.eval(pl.when(number.is_finite()).then(number)) if len(texts) else texts.cast(NUMBERS)
+
+
+def _has_gap(numbers: pl.Series) -> bool:
+    flat = numbers.explode(empty_as_null=True, keep_nulls=True)
+    return bool(flat.is_null().any())
+
+
+def _array(numbers: pl.Series) -> NDArray[np.float32]:
+    """Lists of one length to (M, d)."""
+    flat = numbers.explode(empty_as_null=True, keep_nulls=True).to_numpy()
+    return np.ascontiguousarray(flat.reshape(len(numbers), -1), np.float32)
+
+
+def _as_vectors(item_ids: pl.Series, texts: pl.Series, what: str, line: pl.Series) -> ItemVectors | None:
+    """None where there is no line; raises UnreadableFileError that names the first wrong one."""
+    if not len(texts):
+        return None
+    if isinstance(texts.dtype, pl.Array):
+        texts = texts.arr.to_list()
+    numbers = _numbers(texts)
+    width = numbers.list.len()
+    broken = numbers.is_null() | (width != width[0]) | numbers.list.eval(pl.element().is_null()).list.any()
+    if (wrong := broken.fill_null(value=True).arg_true()).len():
+        at = int(wrong[0])
+        raise UnreadableFileError(
+            f"{what}:{line[at]}: not {width[0]} finite numbers, as the first line has; each line is an item id, a tab, "
+            "and numbers with blanks"
+        )
+    return ItemVectors(tuple(item_ids), _array(numbers))
