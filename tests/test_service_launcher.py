@@ -43,8 +43,12 @@ def launched(folder: Path, port: int, **settings: object) -> Iterator[subprocess
     try:
         yield process
     finally:
+        left = descendants(process.pid)  # a launcher that is killed cannot stop its workers
         process.kill()
         process.wait()
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if process.stderr:
             process.stderr.close()
 
