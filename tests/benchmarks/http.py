@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.benchmarks import load, running
 from tests.benchmarks.bundles import random_bundle
+from tests.benchmarks.stack import stack
 
 LENGTHS = (10, 50, 200)
 CONNECTIONS = (1, 8, 32, 128)
@@ -32,9 +33,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="upnext-bench-") as name:
         folder = Path(name)
         random_bundle(folder / "bundles", asked.items)
-        running.fill(f"sqlite:///{folder / 'log.db'}", asked.items, LENGTHS)
-        with running.service(folder, folder / "bundles", workers=asked.workers) as (url, _):
-            found = measure(url, asked.seconds, asked.rounds)
+        with stack("sqlite", workers=asked.workers, bundles=folder / "bundles") as service:
+            running.fill(service.database_url, asked.items, LENGTHS)
+            found = measure(service.url, asked.seconds, asked.rounds)
     cores = os.cpu_count()
     print(json.dumps({"items": asked.items, "workers": asked.workers, "cores": cores, "results": found}))
 

@@ -1,19 +1,11 @@
-"""The service as it is run for users, with histories in its log, for a benchmark to load from outside."""
+"""Histories in an event log, for a benchmark to ask about."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import httpx
 import numpy as np
 from sqlalchemy import insert
 
@@ -21,7 +13,6 @@ from shared.database import create_engine, events, migrate
 from shared.events import IntArray
 from shared.times import SECOND
 from tests.benchmarks.bundles import SINCE
-from tests.servers import free_port
 
 USERS: Final = 1000
 ROOT: Final = Path(__file__).parents[2]
@@ -59,51 +50,3 @@ async def _fill(url: str, items: int, lengths: tuple[int, ...]) -> None:
             ]  # fmt: skip
             await connection.execute(insert(events), rows)
     await engine.dispose()
-
-
-@contextmanager
-def process(
-    command: list[str], environment: dict[str, str], ready: str, log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a session of its own, ready when `ready` answers; all of its processes are gone afterwards."""
-    with log.open("ab") as out:
-        running = subprocess.Popen(
-            command, env={**os.environ, **environment}, cwd=ROOT, stdout=out, stderr=out, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + 120
-            while not _answers(ready):
-                if running.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"{' '.join(command)} did not start; see {log}")
-                time.sleep(0.1)
-            yield running
-        finally:
-            running.send_signal(signal.SIGTERM)
-            try:
-                running.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(running.pid, signal.SIGKILL)
-                running.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-@contextmanager
-def service(folder: Path, bundles: Path, *, workers: int = 2, **settings: str) -> Iterator[tuple[str, int]]:
-    """`python -m service` with its own Redis and a SQLite log in `folder`; its URL and process id."""
-    port = free_port()
-    environment = {
-        "UPNEXT_PORT": str(port),
-        "UPNEXT_WORKERS": str(workers),
-        "UPNEXT_BUNDLES": str(bundles),
-        "UPNEXT_DATABASE_URL": f"sqlite:///{folder / 'log.db'}",
-        **{f"UPNEXT_{name.upper()}": value for name, value in settings.items()},
-    }
-    url = f"http://127.0.0.1:{port}"
-    with process([sys.executable, "-m", "service"], environment, f"{url}/readyz", folder / "service.log") as running:
-        yield url, running.pid

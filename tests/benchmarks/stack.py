@@ -89,18 +89,21 @@ class Stack:
 
 
 @contextmanager
-def stack(database: str, *, workers: int = 2, world: World | None = None, **settings: Any) -> Iterator[Stack]:
-    """A service on a bundle of `world`, with a Redis and a database of its own, ready to be asked."""
+def stack(
+    database: str, *, workers: int = 2, world: World | None = None, bundles: Path | None = None, **settings: Any
+) -> Iterator[Stack]:
+    """A service on `bundles`, or on a bundle of `world`, with a Redis and a database of its own, ready to be asked."""
     with ExitStack() as closing:
         folder = Path(tempfile.mkdtemp(prefix="upnext-bench-", dir=os.environ.get("UPNEXT_BENCH_DIR")))
         closing.callback(shutil.rmtree, folder, ignore_errors=True)
-        write_bundle(folder / "bundles", world or cyclic(500))
+        if bundles is None:
+            write_bundle(folder / "bundles", world or cyclic(500))
         redis = closing.enter_context(RedisServer())
         postgres = closing.enter_context(PostgresServer(durable=True)) if database == "postgresql" else None
         url = asyncio.run(postgres.new_database()) if postgres else f"sqlite:///{folder / 'log.db'}"
         port = free_port()
         chosen = {
-            "PORT": port, "WORKERS": workers, "BUNDLES": folder / "bundles", "DATABASE_URL": url,
+            "PORT": port, "WORKERS": workers, "BUNDLES": bundles or folder / "bundles", "DATABASE_URL": url,
             "REDIS_URL": redis.url, **{name.upper(): value for name, value in settings.items()},
         }  # fmt: skip
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("UPNEXT_", "PROMETHEUS_"))}
