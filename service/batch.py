@@ -21,7 +21,6 @@ from service.recommend import (
     Reading,
     Recommendation,
     Recommender,
-    encode,
     exclude,
     place,
     popular,
@@ -93,7 +92,7 @@ async def search(
         if not known:
             return []
         with trace.stage("encode"):
-            queries = encode(model, known)  # (B, D)
+            queries = model.encoder.encode([c.sequence for c in known], [c.times for c in known])  # (B, D)
         with trace.stage("retrieve"):
             return [(q, candidates(c, q, s)) for c, q, s in zip(known, queries, scopes, strict=True)]
 

@@ -23,6 +23,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from service.bundles import Live, Serving
+from service.coalesce import Coalescer
 from service.errors import Fault, HistoryDown, Invalid
 from service.history import HistoryStore, HistoryUnavailable, UserHistory
 from service.telemetry import Trace, uuid7
@@ -135,20 +136,25 @@ class Recommender:
     def __init__(self, live: Live, histories: HistoryStore, *, candidates: int, default_model: str | None) -> None:
         self.live, self.histories = live, histories
         self.candidates, self.default_model = candidates, default_model
+        self.together = Coalescer()
         # One thread: bulk work may take a second core, never all of them. It starts with the first batch.
         self.bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")
 
     async def recommend(self, question: Question, trace: Trace) -> Recommendation:
         """The answer. Raises ServiceError: no bundle, unknown model or filter, and what `read` says."""
         serving, model = self.prepare(question, trace)  # one bundle, hence one numbering, for the whole request
-        with trace.stage("read"):
-            reading = await self.read(question, serving, model)
+        self.together.coming += 1
+        try:
+            with trace.stage("read"):
+                reading = await self.read(question, serving, model)
+        finally:
+            self.together.coming -= 1
         case = place(question, reading, serving)
         case.told(trace)
         if not len(case.sequence):
             return respond(case, serving, model, popular(case, serving))
         with trace.stage("encode"):
-            (query,) = encode(model, [case])
+            query = await self.together.encode(model.encoder, case.sequence, case.times)
         with trace.stage("retrieve"):
             found = retrieve(case, model, query, case.scope(serving), self.count(question), serving)
         with trace.stage("exclude"):
@@ -271,15 +277,6 @@ def place(question: Question, reading: Reading, serving: Serving) -> Case:
         banned = np.concatenate((serving.indices_of_keys(reading.history.seen), banned))
     known = sequence > 0
     return Case(question, reading, sequence[known], np.append(reading.history.timestamps[known], reading.as_of), banned)
-
-
-def encode(model: Model, cases: Sequence[Case]) -> Vectors:
-    """The query vectors (B, D) of B cases, none of them with an empty sequence.
-
-    For one request this runs on the event loop: one history takes 0.1 to 0.6 ms, a hand-over to a thread and back costs
-    about as much and the GIL with it. This is the place where waiting requests would be coalesced into one call.
-    """
-    return model.encoder.encode([c.sequence for c in cases], [c.times for c in cases])
 
 
 def retrieve(case: Case, model: Model, query: Vectors, scope: Scope, count: int, serving: Serving) -> Candidates:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import random
 import time
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -27,7 +27,7 @@ MAX_BODY: Final = 1 << 20  # bytes
 
 def uuid7() -> str:
     """A UUID that sorts by time (RFC 9562, 5.7): 48 bits of milliseconds, version, 74 random bits."""
-    value = (time.time_ns() // 1_000_000 << 80) | int.from_bytes(os.urandom(10))
+    value = (time.time_ns() // 1_000_000 << 80) | random.getrandbits(80)
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(3 << 62) | 2 << 62
     text = f"{value:032x}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +20,8 @@ from shared.sequences import BUCKETS, Clock, bucket_of, mask_index, pack, time_b
 
 Vectors = NDArray[np.float32]
 
+PADDING: Final = 48
+"""Positions of padding that take about as long as another call."""
 CHUNK: Final = 16
 """Histories encoded in one call at most: more gain nothing per item and hold up everybody else."""
 
@@ -80,7 +82,7 @@ class Encoder:
         for row, history in enumerate(histories):
             bucket = bucket_of(len(history) + extra, self.spec.max_length, self.spec.buckets)
             by_bucket.setdefault(bucket, []).append(row)
-        for bucket, rows in sorted(by_bucket.items()):
+        for bucket, rows in merged(by_bucket):
             for start in range(0, len(rows), CHUNK):
                 chunk = rows[start : start + CHUNK]
                 packed = pack([histories[r] for r in chunk], self.spec.max_length, mask=self.spec.mask, width=bucket)
@@ -95,3 +97,18 @@ class Encoder:
         inputs = {"items": items, "lengths": lengths} | ({} if ages is None else {"ages": ages})
         (queries,) = self.session.run(["query"], inputs)
         return np.asarray(queries, np.float32)
+
+
+def merged(rows_of: Mapping[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
+    """The calls that encode rows, given by their bucket: few rows go along with those of the next larger bucket.
+
+    merged({16: [0], 24: [1, 2], 200: [3]}) -> (200, [3]), (24, [1, 2, 0])
+    """
+    largest, together = 0, list[int]()
+    for bucket, rows in sorted(rows_of.items(), reverse=True):
+        if together and len(rows) * (largest - bucket) > PADDING:
+            yield largest, together
+            together = []
+        largest, together = (largest, together + rows) if together else (bucket, rows)
+    if together:
+        yield largest, together

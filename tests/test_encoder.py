@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.encoder import CHUNK, Encoder, EncoderSpec, Vectors
+from shared.encoder import CHUNK, Encoder, EncoderSpec, Vectors, merged
 from shared.events import IntArray
 from shared.times import SECOND
 from tests import worlds
@@ -60,8 +60,15 @@ def test_rectangles_come_in_buckets_and_never_in_more_than_a_chunk_of_rows(monke
 
 def test_a_mask_takes_a_place_in_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, shapes = ENCODERS["bert4rec"], watched(ENCODERS["bert4rec"], monkeypatch)
-    encoder.encode([history(*[1] * length) for length in (15, 16)])
-    assert sorted(shapes) == [(1, 16), (1, 32)]
+    for length in (15, 16):
+        encoder.encode([history(*[1] * length)])
+    assert shapes == [(1, 16), (1, 32)]
+
+
+def test_few_rows_go_along_with_those_of_a_larger_bucket() -> None:
+    assert list(merged({16: [0], 24: [1, 2], 200: [3]})) == [(200, [3]), (24, [1, 2, 0])]
+    assert list(merged({8: [0, 1, 2, 3], 16: [4], 64: [5]})) == [(64, [5, 4]), (8, [0, 1, 2, 3])]
+    assert list(merged({})) == []
 
 
 def test_only_a_model_that_asks_with_mask_has_one() -> None:
