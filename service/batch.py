@@ -12,28 +12,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from service.bundles import Serving
 from service.errors import Fault, Invalid
 from service.recommend import (
-    Case,
     Question,
     Reading,
     Recommendation,
     Recommender,
-    exclude,
     place,
-    popular,
-    rank,
-    respond,
-    retrieve,
+    search,
+    settle,
 )
 from service.telemetry import Trace
 from shared.bundle import Model
-from shared.encoder import CHUNK, Vectors
-from shared.retrieval import Candidates, Scope
-
-Found = tuple[Vectors, Candidates]
+from shared.encoder import CHUNK
 
 
 async def recommend_all(
@@ -50,9 +44,13 @@ async def recommend_all(
     for start in range(0, len(users), CHUNK):
         here = slice(start, start + CHUNK)
         cases = [place(q, r, serving) for q, r in zip(questions[here], readings[here], strict=True)]
-        for case, found in zip(cases, await search(recommender, cases, model, serving, trace), strict=True):
+        known = [case for case in cases if len(case.sequence)]
+        scopes = [case.scope(serving) for case in known]
+        work = partial(search, known, scopes, serving, model, recommender.candidates, [trace])
+        found = iter(await asyncio.get_running_loop().run_in_executor(recommender.bulk, work) if known else ())
+        for case in cases:
             case.told(trace)
-            yield settle(case, found, model, serving)
+            yield settle(case, next(found) if len(case.sequence) else None, serving, model, trace)
             await asyncio.sleep(0)  # single requests go first
 
 
@@ -79,35 +77,3 @@ async def read_all(
     if faults:
         raise Invalid(f"{faults[0]['pointer']}: {faults[0]['detail']}", faults)
     return readings
-
-
-async def search(
-    recommender: Recommender, cases: Sequence[Case], model: Model, serving: Serving, trace: Trace
-) -> list[Found | None]:
-    """Query vector and candidates of each case, made in the bulk thread; None for cases that get popular items."""
-    known = [case for case in cases if len(case.sequence)]
-    scopes = [case.scope(serving) for case in known]
-
-    def work() -> list[Found]:
-        if not known:
-            return []
-        with trace.stage("encode"):
-            queries = model.encoder.encode([c.sequence for c in known], [c.times for c in known])  # (B, D)
-        with trace.stage("retrieve"):
-            return [(q, candidates(c, q, s)) for c, q, s in zip(known, queries, scopes, strict=True)]
-
-    def candidates(case: Case, query: Vectors, scope: Scope) -> Candidates:
-        return retrieve(case, model, query, scope, recommender.count(case.question), serving)
-
-    found = iter(await asyncio.get_running_loop().run_in_executor(recommender.bulk, work))
-    return [next(found) if len(case.sequence) else None for case in cases]
-
-
-def settle(case: Case, found: Found | None, model: Model, serving: Serving) -> Recommendation:
-    """The last steps for one user: through the gate, ranked, with names."""
-    if found is None:
-        return respond(case, serving, model, popular(case, serving))
-    query, retrieved = found
-    permitted = exclude(retrieved.items, case.scope(serving))
-    best = rank(model, query, permitted, case.question.n, retrieved.path, serving)
-    return respond(case, serving, model, best)

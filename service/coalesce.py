@@ -1,63 +1,55 @@
-"""Requests that wait at the same time are encoded together.
+"""Requests that wait at the same time are served together.
 
 Redis answers many reads in one exchange, so several histories arrive in one turn of the event loop. One call of the
-network for all of them costs less than one each, and what comes after it finds its code and data in the processor's
-caches. Nobody waits for company: a history is encoded at the end of the turn in which it arrived.
+network for all of them costs less than one each, one product of matrices less than several with a vector, and what is
+done several times in a row finds its code and data in the processor's caches. Nobody waits for company: a job is done
+at the end of the turn in which it came.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Final, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
-from shared.encoder import CHUNK, Encoder, Vectors
-from shared.events import IntArray
-
-LONGEST: Final = 96
-"""Up to so many items gain from company; with longer ones the network's time is arithmetic, which nobody can share."""
-
-
-class _Waiting(NamedTuple):
-    sequence: IntArray
-    times: IntArray
-    query: asyncio.Future[Vectors]
+By = TypeVar("By", bound=Hashable)
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
-class Coalescer:
-    """Encodes for the requests of one event loop."""
+class Coalescer(Generic[By, Job, Result]):
+    """Does the jobs of one event loop: those `by` the same means together, `most` at a time."""
 
-    def __init__(self) -> None:
-        self.coming = 0  # requests that read a history at this moment: whoever counts them tells us
-        self._waiting: dict[Encoder, list[_Waiting]] = {}
+    def __init__(self, work: Callable[[By, Sequence[Job]], Sequence[Result]], most: int) -> None:
+        self.coming = 0  # jobs that may come in this turn: whoever counts them tells us
+        self._work, self._most = work, most
+        self._waiting: dict[By, list[tuple[Job, asyncio.Future[Result]]]] = {}
 
-    async def encode(self, encoder: Encoder, sequence: IntArray, times: IntArray) -> Vectors:
-        """The query vector (D,) of one history, see `Encoder.encode`."""
-        alone = not self.coming and not self._waiting
-        if alone or min(len(sequence), encoder.spec.max_length) > LONGEST:
-            query: Vectors = encoder.encode([sequence], [times])[0]
-            return query
+    async def join(self, by: By, job: Job) -> Result:
+        """The result of one job."""
+        if not self.coming and not self._waiting:
+            return self._work(by, [job])[0]
         loop = asyncio.get_running_loop()
-        waiting = self._waiting.get(encoder)
-        if waiting is None:
-            waiting = self._waiting[encoder] = []
-            loop.call_soon(self._serve, encoder)
-        mine = _Waiting(sequence, times, loop.create_future())
-        waiting.append(mine)
-        return await mine.query
+        if (waiting := self._waiting.get(by)) is None:
+            waiting = self._waiting[by] = []
+            loop.call_soon(self._serve, by)
+        mine: asyncio.Future[Result] = loop.create_future()
+        waiting.append((job, mine))
+        return await mine
 
-    def _serve(self, encoder: Encoder) -> None:
-        waiting = self._waiting.pop(encoder)
-        if rest := waiting[CHUNK:]:  # the loop has its turn between two calls
-            self._waiting[encoder] = rest
-            asyncio.get_running_loop().call_soon(self._serve, encoder)
-        served = [w for w in waiting[:CHUNK] if not w.query.done()]  # whoever hung up meanwhile does not count
+    def _serve(self, by: By) -> None:
+        waiting = self._waiting.pop(by)
+        if rest := waiting[self._most :]:  # the loop has its turn between two
+            self._waiting[by] = rest
+            asyncio.get_running_loop().call_soon(self._serve, by)
+        served = [(job, mine) for job, mine in waiting[: self._most] if not mine.done()]  # others have hung up
         if not served:
             return
         try:
-            queries = encoder.encode([w.sequence for w in served], [w.times for w in served])
+            results = self._work(by, [job for job, _ in served])
         except Exception as error:  # each of them has to know
-            for one in served:
-                one.query.set_exception(error)
+            for _, mine in served:
+                mine.set_exception(error)
             return
-        for one, query in zip(served, queries, strict=True):
-            one.query.set_result(query)
+        for (_, mine), result in zip(served, results, strict=True):
+            mine.set_result(result)

@@ -26,10 +26,10 @@ from service.bundles import Live, Serving
 from service.coalesce import Coalescer
 from service.errors import Fault, HistoryDown, Invalid
 from service.history import HistoryStore, HistoryUnavailable, UserHistory
-from service.telemetry import Trace, uuid7
+from service.telemetry import Stage, Trace, uuid7
 from shared.bundle import Model
 from shared.categories import Where, field_of
-from shared.encoder import Vectors
+from shared.encoder import CHUNK, Vectors
 from shared.events import HistoryPolicy, IntArray, ItemId, first_of_repeats, item_keys
 from shared.retrieval import Candidates, Retrieval, Scope
 from shared.times import UNDATED, now
@@ -41,6 +41,8 @@ Reason = Literal["sequence", "similar", "popular", "new"]
 
 _NOBODY = UserHistory(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.uint64), None, "log")
 _BLOCK: Final = 1024  # items
+LONG: Final = 96
+"""Items. Longer sequences do not wait for company: their time is arithmetic, which nobody can share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +132,27 @@ class Case:
         return Scope(serving.availability, self.reading.as_of, self.banned, wanted)
 
 
+class Asked(NamedTuple):
+    """A request on its way."""
+
+    case: Case
+    trace: Trace
+
+
+class Found(NamedTuple):
+    """What was retrieved for a case."""
+
+    query: Vectors  # (D,)
+    candidates: Candidates
+
+
 class Recommender:
     """Answers questions from the live bundle and the histories."""
 
     def __init__(self, live: Live, histories: HistoryStore, *, candidates: int, default_model: str | None) -> None:
         self.live, self.histories = live, histories
         self.candidates, self.default_model = candidates, default_model
-        self.together = Coalescer()
+        self.together = Coalescer(self.answer, CHUNK)
         # One thread: bulk work may take a second core, never all of them. It starts with the first batch.
         self.bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")
 
@@ -152,17 +168,16 @@ class Recommender:
         case = place(question, reading, serving)
         case.told(trace)
         if not len(case.sequence):
-            return respond(case, serving, model, popular(case, serving))
-        with trace.stage("encode"):
-            query = await self.together.encode(model.encoder, case.sequence, case.times)
-        with trace.stage("retrieve"):
-            found = retrieve(case, model, query, case.scope(serving), self.count(question), serving)
-        with trace.stage("exclude"):
-            permitted = exclude(found.items, case.scope(serving))
-        with trace.stage("rank"):
-            best = rank(model, query, permitted, question.n, found.path, serving)
-        trace.path = best.path
-        return respond(case, serving, model, best)
+            return settle(case, None, serving, model, trace)
+        if len(case.sequence) > LONG:
+            return self.answer((serving, model), [Asked(case, trace)])[0]
+        return await self.together.join((serving, model), Asked(case, trace))
+
+    def answer(self, by: tuple[Serving, Model], asked: Sequence[Asked]) -> list[Recommendation]:
+        """The answers to several requests of one bundle, none of them with an empty sequence."""
+        scopes = [case.scope(by[0]) for case, _ in asked]
+        found = search([case for case, _ in asked], scopes, *by, self.candidates, [trace for _, trace in asked])
+        return [settle(case, f, *by, trace) for (case, trace), f in zip(asked, found, strict=True)]
 
     def prepare(self, question: Question, trace: Trace) -> tuple[Serving, Model]:
         """What answers the question. Raises ServiceError: no bundle, unknown model or filter."""
@@ -172,10 +187,6 @@ class Recommender:
         if question.where is not None:
             refuse_unknown_fields(question, serving)
         return serving, model
-
-    def count(self, question: Question) -> int:
-        """How many candidates are retrieved."""
-        return max(self.candidates, question.n)
 
     async def read(self, question: Question, serving: Serving, model: Model) -> Reading:
         """The history that counts, and as of when; all of it where its newest part holds too few known items."""
@@ -279,12 +290,50 @@ def place(question: Question, reading: Reading, serving: Serving) -> Case:
     return Case(question, reading, sequence[known], np.append(reading.history.timestamps[known], reading.as_of), banned)
 
 
-def retrieve(case: Case, model: Model, query: Vectors, scope: Scope, count: int, serving: Serving) -> Candidates:
-    """Candidates for `query` that `scope` permits: the best of all items, or all of those the caller names."""
-    if case.question.candidates is None:
-        return model.retriever.candidates(query, count, scope)
-    named = np.unique(serving.indices_of(case.question.candidates))
-    return Candidates(named[scope.permits(named)], "candidates")  # all of them are ranked later
+def search(
+    cases: Sequence[Case],
+    scopes: Sequence[Scope],
+    serving: Serving,
+    model: Model,
+    candidates: int,
+    traces: Sequence[Trace],
+) -> list[Found]:
+    """Query vector and candidates of each case, none of them with an empty sequence."""
+    with Stage("encode", *traces):
+        queries = model.encoder.encode([c.sequence for c in cases], [c.times for c in cases])  # (B, D)
+    with Stage("retrieve", *traces):
+        return list(map(Found, queries, retrieve(cases, scopes, queries, serving, model, candidates)))
+
+
+def retrieve(
+    cases: Sequence[Case], scopes: Sequence[Scope], queries: Vectors, serving: Serving, model: Model, candidates: int
+) -> list[Candidates]:
+    """Candidates for each of `queries` (B, D): the best of all items, or all of those that the caller names."""
+    free = [b for b, case in enumerate(cases) if case.question.candidates is None]
+    counts = [max(candidates, cases[b].question.n) for b in free]
+    best = iter(model.retriever.candidates_of(queries[free], counts, [scopes[b] for b in free]))
+    return [
+        next(best) if case.question.candidates is None else named(case.question.candidates, scope, serving)
+        for case, scope in zip(cases, scopes, strict=True)
+    ]
+
+
+def named(item_ids: Sequence[ItemId], scope: Scope, serving: Serving) -> Candidates:
+    """The items that the caller names, as far as `scope` permits them. All of them are ranked."""
+    items = np.unique(serving.indices_of(item_ids))
+    return Candidates(items[scope.permits(items)], "candidates")
+
+
+def settle(case: Case, found: Found | None, serving: Serving, model: Model, trace: Trace) -> Recommendation:
+    """The last steps: through the gate, ranked, with names. Popular items where nothing was to be found."""
+    if found is None:
+        return respond(case, serving, model, popular(case, serving))
+    with trace.stage("exclude"):
+        permitted = exclude(found.candidates.items, case.scope(serving))
+    with trace.stage("rank"):
+        best = rank(model, found.query, permitted, case.question.n, found.candidates.path, serving)
+    trace.path = best.path
+    return respond(case, serving, model, best)
 
 
 def exclude(items: IntArray, scope: Scope) -> IntArray:

@@ -140,7 +140,7 @@ class Manifest(_Part):
     files: dict[str, FileEntry]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model ready to answer."""
 

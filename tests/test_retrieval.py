@@ -94,6 +94,28 @@ def test_filtered_search_is_complete(mode: Mode, seed: int, count: int, share: f
     assert found.items.tolist() == brute_force(query, vectors, scope, count)
 
 
+@pytest.mark.parametrize("questions", [1, 2, 3, 12])
+def test_several_at_once_find_what_each_finds_alone(mode: Mode, questions: int) -> None:
+    """Of one matrix product all take what is theirs: their prefix, their bans, their filter."""
+    rng, vectors = np.random.default_rng(questions), vectors_of(1)
+    retriever = Retriever(vectors, indexed(vectors), mode)
+    queries = rng.normal(size=(questions, WIDTH)).astype(np.float32)
+    counts = rng.integers(1, 60, questions).tolist()
+    scopes = [
+        Scope(
+            world(1), as_of, rng.choice(N, 25, replace=False).astype(np.int64) + 1,
+            None if share is None else rng.random(N + 1) < share,
+        )
+        for as_of, share in zip((NOW, 3, 10 * N) * 4, (None, 0.5, 0.05, None) * 3, strict=True)
+    ][:questions]  # fmt: skip
+    together = retriever.candidates_of(queries, counts, scopes)
+    assert len(together) == questions
+    for query, count, scope, found in zip(queries, counts, scopes, together, strict=True):
+        assert found.path == retriever.candidates(query, count, scope).path
+        assert set(found.items.tolist()) <= set(permitted(scope).tolist())
+        assert retriever.rank(query, found.items, count).items.tolist() == brute_force(query, vectors, scope, count)
+
+
 @pytest.mark.parametrize(("few", "path"), [(6, "gather"), (7, "exact")])
 def test_few_items_are_gathered_and_many_masked(few: int, path: str) -> None:
     wanted = np.zeros(N + 1, bool)

@@ -342,7 +342,7 @@ def test_the_last_gate_sees_what_retrieval_could_not(
     live.serving, live.catalogue_read = Serving(in_memory(cyclic(5)), []), True
     search = recommend.retrieve
 
-    def withdrawn_meanwhile(*arguments: Any) -> Candidates:
+    def withdrawn_meanwhile(*arguments: Any) -> list[Candidates]:
         found = search(*arguments)
         live.apply([ItemChange("2", None, None, None, None, True, 1)])
         return found
