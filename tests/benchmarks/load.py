@@ -16,7 +16,7 @@ _SCRIPT = """
 local n = 0
 request = function()
   n = n + 1
-  return wrk.format("GET", "/recommend/%s" .. (n %% %d))
+  return %s
 end
 done = function(summary, latency)
   io.write(string.format('JSON {"requests":%%d,"seconds":%%f,"bad":%%d,"p50":%%f,"p99":%%f,"max":%%f}\\n',
@@ -26,6 +26,10 @@ done = function(summary, latency)
     latency:percentile(50) / 1e3, latency:percentile(99) / 1e3, latency.max / 1e3))
 end
 """
+
+
+GET = """wrk.format("GET", "/recommend/{users}" .. n % {count})"""
+"""One request to the service, in Lua; `users` is the prefix of user ids that end in a number below `count`."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,11 @@ class Result:
     bad: int  # answers that were no 200, and broken connections
 
 
-def closed(url: str, users: str, count: int, *, connections: int, seconds: float) -> Result:
+def closed(url: str, users: str, count: int, *, connections: int, seconds: float, request: str = GET) -> Result:
     """Each connection asks again as soon as it has its answer. `users` is the prefix of user ids `users0`.."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "load.lua"
-        script.write_text(_SCRIPT % (users, count))
+        script.write_text(_SCRIPT % request.format(users=users, count=count))
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "5s", "-s", str(script), url]
         out = subprocess.run([needed(command[0]), *command[1:]], capture_output=True, text=True, check=True).stdout
     found = json.loads(next(line[5:] for line in out.splitlines() if line.startswith("JSON ")))

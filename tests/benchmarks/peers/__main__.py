@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 import typer
 
+from tests.benchmarks.venvs import python_with
 from trainer.config import load_config
 from trainer.dataset import Dataset, load_dataset
 from trainer.splits import split_of
@@ -56,11 +57,7 @@ def python_of(peer: Peer, venvs: Path) -> Path:
     """The Python that has the peer, installed now where it was not."""
     if not peer.packages:
         return Path(sys.executable)
-    python = venvs / peer.name / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venvs / peer.name)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", TORCH, *peer.packages], check=True)
-    return python
+    return python_with(peer.name, (TORCH, *peer.packages), venvs)
 
 
 def write_events(dataset: Dataset, config: Any, folder: Path) -> tuple[Path, pl.DataFrame]:
