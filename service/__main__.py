@@ -30,6 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.keys import KeyRing, KeysError, Scope, new_key
 from service.redis_child import RedisMissing, start_redis
 from service.settings import PREFIX, Settings, markdown_table
+from service.sharing import FILE as SHARES_FILE
 from shared.bundle import BundleError, current_version
 from shared.database import SchemaError, create_engine, migrate
 from shared.erasure import Tombstones, read_tombstones
@@ -158,6 +159,7 @@ def run(settings: Settings) -> int:
                 os.environ[f"{PREFIX}REDIS_URL"] = stack.enter_context(start_redis())
             metrics = stack.enter_context(tempfile.TemporaryDirectory(prefix="upnext-metrics-"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
+            os.environ[SHARES_FILE] = stack.enter_context(tempfile.NamedTemporaryFile(prefix="upnext-")).name
             migrate_if_there(settings)
             greet(settings)
             serve(settings)
@@ -218,14 +220,15 @@ def serve(settings: Settings) -> None:
     """The workers; returns when they have stopped."""
     from service.telemetry import logging_config  # noqa: PLC0415 - after PROMETHEUS_MULTIPROC_DIR is set
 
+    alone = settings.workers == 1
     uvicorn.run(
-        "service.main:create_app",
+        "service.worker:create_app",
         factory=True,
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
-        loop="uvloop",
-        http="httptools",
+        loop="uvloop" if alone else "service.sharing:SharingLoop",
+        http="httptools" if alone else "service.sharing:SharingProtocol",
         access_log=False,  # the service writes its own line for each request
         server_header=False,
         log_config=logging_config(settings.log_level),

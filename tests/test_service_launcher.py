@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -164,26 +164,167 @@ def test_sigterm_lets_requests_end_and_waits_no_longer_than_it_was_told(folder: 
             assert process.wait(timeout=60) == 0  # though the other request never ends
 
 
-@fault("A worker hangs")
+@fault("The launcher is killed")
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_replaced(folder: Path) -> None:
+def test_workers_stop_in_order_when_the_launcher_is_killed(folder: Path) -> None:
     write_bundle(folder / "bundles", cyclic())
     port = free_port()
-    once = httpx.Limits(max_keepalive_connections=0)
+    url = f"http://127.0.0.1:{port}"
+    body = b'{"user_id": "u", "item_id": "4", "event_type": "view"}'
+    head = f"POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with launched(folder, port, workers=2) as process, httpx.Client(base_url=url) as client:
+        wait_ready(client)
+        assert client.post("/events", json={"user_id": "u", "item_id": "3", "event_type": "view"}).status_code == 200
+        below = descendants(process.pid)
+        assert len(workers_of(process.pid)) == 2
+        with socket.create_connection(("127.0.0.1", port), 60) as connection:
+            connection.sendall(f"{head}\r\n\r\n".encode() + body[:9])
+            time.sleep(0.5)  # it is in hand
+            process.kill()
+            process.wait()
+            time.sleep(0.5)
+            connection.sendall(body[9:])
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert gone(below)
+    with launched(folder, port), httpx.Client(base_url=url) as client:  # on the same port
+        wait_ready(client)
+        assert [event["item_id"] for event in client.get("/users/u/history").json()["events"]] == ["3", "4"]
+
+
+@pytest.mark.slow
+def test_a_worker_whose_requests_never_end_outlives_its_launcher_by_a_set_time(folder: Path) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
+    with launched(folder, port, workers=2, drain_seconds=1) as process:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            wait_ready(client)
+        below = descendants(process.pid)
+        with socket.create_connection(("127.0.0.1", port), 60) as endless:
+            endless.sendall(b"POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+            time.sleep(0.5)
+            process.kill()
+            process.wait()
+            assert gone(below)
+
+
+def connections_of(pid: int, port: int) -> int:
+    """How many connections to `port` a process has accepted."""
+    here = f":{port:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    established = {f"socket:[{row[9]}]" for row in rows if row[1].endswith(here) and row[3] == "01"}
+    found = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found += str(file.readlink()) in established
+    return found
+
+
+def spread(launcher: int, port: int) -> list[int]:
+    return [connections_of(pid, port) for pid in workers_of(launcher)]
+
+
+def connect(stack: ExitStack, port: int, count: int) -> list[socket.socket]:
+    """So many connections at once."""
+    clients = []
+    for _ in range(count):
+        client = stack.enter_context(socket.socket())
+        client.setblocking(False)
+        client.connect_ex(("127.0.0.1", port))
+        clients.append(client)
+    return clients
+
+
+def until_spread(launcher: int, port: int, count: int) -> list[int]:
+    deadline = time.monotonic() + 60
+    while sum(found := spread(launcher, port)) != count:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    return found
+
+
+def until_both_listen(launcher: int, port: int) -> None:
+    deadline = time.monotonic() + 60
+    before = sum(spread(launcher, port))
+    with ExitStack() as stack:
+        while len(found := spread(launcher, port)) < 2 or not min(found):
+            assert time.monotonic() < deadline, found
+            connect(stack, port, 1)
+            time.sleep(0.1)
+    until_spread(launcher, port, before)
+
+
+def answers(client: socket.socket) -> bool:
+    client.settimeout(60)
+    client.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def answers_or_ends(client: socket.socket) -> bool:
+    with suppress(ConnectionError):
+        return answers(client)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
+def test_workers_take_equal_shares_of_the_connections(folder: Path) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
     with (
         launched(folder, port, workers=2) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", limits=once) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Connection": "close"}) as client,
     ):
         wait_ready(client)
-        workers = workers_of(process.pid)
-        assert len(workers) == 2
-        os.kill(workers[0], signal.SIGSTOP)
-        assert gone(workers[:1])
-        deadline = time.monotonic() + 60
-        while len(workers_of(process.pid)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(workers_of(process.pid)) == 2
+        until_both_listen(process.pid, port)
+        rounds = []
+        for _ in range(5):
+            until_spread(process.pid, port, 0)
+            with ExitStack() as stack:
+                clients = connect(stack, port, 16)
+                rounds.append(min(until_spread(process.pid, port, 16)))
+                assert all(map(answers, clients))
+        assert sorted(rounds)[2] >= 6, rounds  # a busy machine may hold one worker up for a while
+        # One by one they are shared as well, though each time the same worker might wake first.
+        with ExitStack() as stack:
+            for count in range(1, 9):
+                connect(stack, port, 1)
+                found = until_spread(process.pid, port, count)
+            assert min(found) >= 3, found
+
+
+@fault("A worker hangs")
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
+def test_a_worker_that_hangs_keeps_nobody_waiting_and_is_replaced(folder: Path) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
+    with (
+        launched(folder, port, workers=2) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Connection": "close"}) as client,
+        ExitStack() as stack,
+    ):
         wait_ready(client)
+        until_both_listen(process.pid, port)
+        idle = connect(stack, port, 8)
+        shares = until_spread(process.pid, port, 8)
+        assert min(shares) >= 2, shares
+        hung, other = workers_of(process.pid)
+        os.kill(hung, signal.SIGSTOP)
+        assert all(map(answers, connect(stack, port, 12)))
+        assert gone([hung])
+        deadline = time.monotonic() + 60
+        while len(workers_of(process.pid)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        # The new worker has no connections yet: it gets more of what comes, until it has as many as the other.
+        until_both_listen(process.pid, port)
+        (new,) = set(workers_of(process.pid)) - {other}
+        until_spread(process.pid, port, shares[1])
+        clients = connect(stack, port, 8 + shares[1])
+        until_spread(process.pid, port, 8 + 2 * shares[1])
+        assert connections_of(new, port) >= 2 + shares[1]
+        assert all(map(answers, clients))
+        assert sum(map(answers_or_ends, idle)) == shares[1]
 
 
 @fault("The database cannot be reached at the start")
