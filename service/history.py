@@ -69,12 +69,15 @@ READ_SECONDS: Final = 2.0
 READERS: Final = 6
 """Histories that a worker reads from the log at a time: when all of the cache is gone, other work still has room."""
 MAX_DIRTY: Final = 100_000
+DROP_SECONDS: Final = 300.0
+"""For dropping all entries."""
 
 _META: Final = struct.Struct("<8sqqq")  # fingerprint, newest, time and seq of the newest sequence event
 _RECORD: Final = np.dtype([("timestamp", "<i8"), ("tag", "<i8"), ("key", "<u8")])
 _PACK: Final = struct.Struct("<qqQ")
 _EPOCH: Final = "upnext_epoch"
 _GREETED: Final = "upnext_greeted"
+_PATIENCE: Final = "upnext_patience"
 _WHO: Final = (("INFO", "server"), ("INFO", "replication"))
 
 # Numbers in Lua are doubles: times and sequence numbers stay below 2^53, item keys are moved as bytes.
@@ -292,6 +295,7 @@ def create_redis(url: str, *, timeout: float = 0.05) -> Redis:
 
 async def _greet(connection: AbstractConnection) -> None:
     """Set up a fresh connection: log in, learn the epoch, load the scripts."""
+    connection.socket_timeout = getattr(connection, _PATIENCE, connection.socket_timeout)
     await connection.on_connect()
     scripts = [("SCRIPT", "LOAD", text) for text in _SHA]
     server, replication, *loaded = await _talk(connection, [*_WHO, *scripts])
@@ -299,6 +303,9 @@ async def _greet(connection: AbstractConnection) -> None:
         raise errors[0]
     setattr(connection, _EPOCH, _epoch(server, replication))
     setattr(connection, _GREETED, asyncio.get_running_loop().time())
+    # From here on an exchange has one limit of time: redis-py has one for each reply, and a task for each writing.
+    setattr(connection, _PATIENCE, connection.socket_timeout)
+    connection.socket_timeout = None
 
 
 def _epoch(server: bytes | ResponseError, replication: bytes | ResponseError) -> str:
@@ -405,9 +412,10 @@ class _Line:
             epoch = getattr(connection, _EPOCH)
             packed = [(*c.before, f"upnext:{epoch}:{{{c.user_id}}}", *c.after) for c in commands]
             now = asyncio.get_running_loop().time()
-            if now - getattr(connection, _GREETED) < GREETING_SECONDS:
-                return await _talk(connection, packed)
-            server, replication, *replies = await _talk(connection, [*_WHO, *packed])
+            async with asyncio.timeout(getattr(connection, _PATIENCE)):
+                if now - getattr(connection, _GREETED) < GREETING_SECONDS:
+                    return await _talk(connection, packed)
+                server, replication, *replies = await _talk(connection, [*_WHO, *packed])
             if _epoch(server, replication) != epoch:
                 raise RedisConnectionError("the Redis server is another master than it was")
             setattr(connection, _GREETED, now)
@@ -493,8 +501,9 @@ class HistoryStore:
     async def drop_all(self) -> bool:
         """Drop all entries of all users, whatever their epoch: the log was replaced. True if Redis took all of it."""
         try:
-            async for key in self._line.redis.scan_iter(match="upnext:????????:{*", count=1_000):
-                await self._line.redis.delete(key)
+            async with asyncio.timeout(DROP_SECONDS):
+                async for key in self._line.redis.scan_iter(match="upnext:????????:{*", count=1_000):
+                    await self._line.redis.delete(key)
         except (RedisError, OSError) as error:
             log.warning("the cached histories cannot be dropped now: %r", error)
             return False

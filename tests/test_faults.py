@@ -94,6 +94,10 @@ async def test_redis_hangs(tmp_path: Path, redis_of_test: RedisServer) -> None:
         await assert_served_without_redis(upnext)
         redis_of_test.thaw()
         await assert_well_again(upnext)
+        redis_of_test.freeze()  # once more, on a connection that was made anew
+        assert await next_of(upnext, "u") == ("8", "log")
+        redis_of_test.thaw()
+        await assert_well_again(upnext)
 
 
 @fault("Redis turns read-only")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,3 +161,26 @@ async def test_back_to_the_live_version_clears_the_failure(tmp_path: Path, redis
         await until(lambda: upnext.services.live.bundle_failure is not None)
         point_current(upnext.settings.bundles, "2000-03-01T00-00-00Z-test")
         await until(lambda: upnext.services.live.bundle_failure is None)
+
+
+async def test_a_replaced_bundle_goes_without_the_collector_of_garbage(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """The collector is told to leave bundles alone: one that needed it would stay for ever."""
+    async with serving(tmp_path, redis_server, cyclic(), **QUICK) as upnext:
+        live = upnext.services.live
+        await upnext.view("u", "3")
+        await upnext.ask("u")
+        json_of(await upnext.http.put("/items/4", json={"title": "Four"}))
+        json_of(await upnext.http.get("/items/3/similar"))
+        former: list[weakref.ref[object]] = [weakref.ref(live.now_serving()), weakref.ref(live.now_serving().bundle)]
+        former += [weakref.ref(model.encoder) for model in live.now_serving().bundle.models.values()]
+        gc.collect()
+        gc.disable()
+        try:
+            write_bundle(upnext.settings.bundles, cyclic(14), version="next")
+            await until(lambda: live.now_serving().bundle.version == "next")
+            await upnext.ask("u")
+            await until(lambda: all(reference() is None for reference in former))
+        finally:
+            gc.enable()

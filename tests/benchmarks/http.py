@@ -1,25 +1,60 @@
-"""Recommendations a second over real HTTP: the service as users run it, all defaults on, its Redis and wrk beside it.
+"""Recommendations over real HTTP: the service as users run it, all defaults on, its Redis and the load beside it.
 
-    python -m tests.benchmarks.http --items 3700 --workers 2
+    python -m tests.benchmarks.http [--items 3700] [--workers 2] [--seconds 4] [--rounds 3]
 
-One line for each length of history and number of connections, then the same as one JSON line.
+closed   so many callers who each ask again as soon as they have their answer (wrk): how much goes through
+open     requests at a constant rate, a share of the most that went through a closed loop with the same histories
+         (h2load): how long callers wait when the service is not saturated
++ bulk   the same while one caller sends batches of 256 users back to back
+
+A round goes through all cases of its kind, so that noise meets all alike; the median over rounds counts. One line for
+each case, then the same as one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
-from dataclasses import asdict
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
 from tests.benchmarks import load, running
 from tests.benchmarks.bundles import random_bundle
-from tests.benchmarks.stack import stack
+from tests.benchmarks.stack import machine, stack
 
-LENGTHS = (10, 50, 200)
-CONNECTIONS = (1, 8, 32, 128)
+LENGTHS: Final = (10, 50, 200)
+CONNECTIONS: Final = (1, 8, 32, 128)
+SHARES: Final = (0.25, 0.5, 0.75, 0.9)
+USUAL: Final = 50  # events of the histories of all other cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load to measure under."""
+
+    history: int
+    connections: int | None = None  # of a closed loop
+    share: float | None = None  # of the peak, for an open loop
+    bulk: bool = False
+
+    def __str__(self) -> str:
+        kind = f"closed, {self.connections} callers" if self.share is None else f"open, {self.share:.0%} of the peak"
+        return f"history {self.history}, {kind}{' + bulk' if self.bulk else ''}"
+
+
+CLOSED: Final = [Case(length, c) for length in LENGTHS for c in CONNECTIONS]
+OPEN: Final = [
+    *(Case(USUAL, share=share) for share in SHARES),
+    Case(USUAL, share=0.25, bulk=True),
+    Case(USUAL, share=0.5, bulk=True),
+    Case(USUAL, 8),
+    Case(USUAL, 8, bulk=True),
+]
 
 
 def main() -> None:
@@ -27,35 +62,74 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=3700)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many runs counts")
+    parser.add_argument("--only", choices=["closed", "open"], help="leave out the rest")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="upnext-bench-") as name:
         folder = Path(name)
         random_bundle(folder / "bundles", asked.items)
         with stack("sqlite", workers=asked.workers, bundles=folder / "bundles") as service:
             running.fill(service.database_url, asked.items, LENGTHS)
-            found = measure(service.url, asked.seconds, asked.rounds)
-    cores = os.cpu_count()
-    print(json.dumps({"items": asked.items, "workers": asked.workers, "cores": cores, "results": found}))
+            found = measure(service.url, asked.seconds, asked.rounds, asked.only)
+    print(
+        json.dumps({"benchmark": "http", "machine": machine(), "items": asked.items, "workers": asked.workers} | found)
+    )
 
 
-def measure(url: str, seconds: float, rounds: int) -> list[dict[str, float]]:
-    """Closed loops, after one that fills the cache; a round goes through all cases, so that noise meets all alike."""
+def measure(url: str, seconds: int, rounds: int, only: str | None) -> dict[str, Any]:
+    """Warm up, find the peak, measure all cases."""
     for length in LENGTHS:
         load.closed(url, running.prefix(length), running.USERS, connections=8, seconds=2)
-    cases: dict[tuple[int, int], list[load.Result]] = {(t, c): [] for t in LENGTHS for c in CONNECTIONS}
+    print(f"{machine()}\n{'':44}{'answers/s':>10}{'p50 ms':>9}{'p99 ms':>9}{'failed':>8}{'in bulk/s':>11}")
+    rows = [] if only == "open" else cases(CLOSED, url, 0, seconds, rounds)
+    usual = [row["per_second"] for row in rows if row["history"] == USUAL]
+    peak = max(usual) if usual else peak_of(url, seconds)
+    return {"peak": peak, "results": rows if only == "closed" else rows + cases(OPEN, url, peak, seconds, rounds)}
+
+
+def peak_of(url: str, seconds: int) -> float:
+    """The most that goes through a closed loop."""
+    users = running.prefix(USUAL)
+    return max(
+        load.closed(url, users, running.USERS, connections=c, seconds=seconds).per_second for c in CONNECTIONS[1:]
+    )
+
+
+def cases(chosen: list[Case], url: str, peak: float, seconds: int, rounds: int) -> list[dict[str, Any]]:
+    """A printed row for each case."""
+    results: dict[Case, list[load.Result]] = {case: [] for case in chosen}
+    batches: dict[Case, list[load.Result]] = {case: [] for case in chosen}
     for _ in range(rounds):
-        for (length, connections), results in cases.items():
-            users = running.prefix(length)
-            results.append(load.closed(url, users, running.USERS, connections=connections, seconds=seconds))
-    print("history  connections  per second   p50 ms   p99 ms  failed")
-    found = []
-    for (length, connections), results in cases.items():
-        one = load.median(results)
-        print(f"{length:7} {connections:12} {one.per_second:11.0f} {one.p50:8.2f} {one.p99:8.2f} {one.bad:7}")
-        found.append({"history": length, "connections": connections, **asdict(one)})
-    return found
+        for case in chosen:
+            one, bulk = loaded(case, url, peak, seconds)
+            results[case].append(one)
+            batches[case].extend([bulk] if bulk else [])
+    rows = []
+    for case in chosen:
+        one = load.median(results[case])
+        bulk_users = load.median(batches[case]).per_second * load.BATCH if batches[case] else 0
+        in_bulk = f"{bulk_users:11.0f}" if case.bulk else ""
+        print(f"{case!s:44}{one.per_second:10.0f}{one.p50:9.2f}{one.p99:9.2f}{one.bad:8}{in_bulk}")
+        rows.append(asdict(case) | asdict(one) | {"bulk_users_per_second": bulk_users})
+    return rows
+
+
+def loaded(case: Case, url: str, peak: float, seconds: int) -> tuple[load.Result, load.Result | None]:
+    """What single callers saw under this load, and what the bulk caller did."""
+    ask = partial(load.closed, url, running.prefix(case.history), running.USERS)
+    with ThreadPoolExecutor(1) as aside:
+        bulk: Future[load.Result] | None = None
+        if case.bulk:
+            bulk = aside.submit(ask, connections=1, seconds=seconds + 1, request=load.BULK)
+            time.sleep(0.5)
+        if case.share is None:
+            assert case.connections is not None
+            one = ask(connections=case.connections, seconds=seconds)
+        else:
+            rate = case.share * peak
+            one = load.steady(url, running.prefix(case.history), running.USERS, rate=rate, seconds=seconds).result()
+        return one, bulk.result() if bulk else None
 
 
 if __name__ == "__main__":

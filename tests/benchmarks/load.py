@@ -1,4 +1,9 @@
-"""Load on the service from outside, by wrk: closed loops, in which each connection waits for its answer."""
+"""Load on the service from outside.
+
+wrk makes closed loops, in which each connection waits for its answer before it asks again: the most that the service
+can do. h2load makes open ones, in which requests come at a rate of their own, as from many independent callers: what
+callers wait at that rate. A closed loop would hide that, since it stops asking while it waits.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,30 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+CONNECTIONS: Final = 256
+"""Of an open loop: at 1,000 requests a second one is free unless there is no answer for a quarter of a second."""
+BATCH: Final = 256
+GET: Final = """wrk.format("GET", "/recommend/{users}" .. n % {count})"""
+"""One request to the service, in Lua; `users` is the prefix of user ids that end in a number below `count`."""
+BULK: Final = (
+    'wrk.format("POST", "/recommend/batch", {{["Content-Type"] = "application/json"}}, bulk("{users}", n, {count}))'
+)
+"""A batch of BATCH users."""
 # wrk gives each thread a Lua state of its own; one thread loads two cores' worth of these servers easily.
 _SCRIPT = """
 local n = 0
+local function bulk(users, n, count)
+  local names = {}
+  for i = 1, %d do names[i] = string.format('"%%s%%d"', users, (n * %d + i) %% count) end
+  return '{"users":[' .. table.concat(names, ",") .. "]}"
+end
 request = function()
   n = n + 1
   return %s
@@ -28,10 +53,6 @@ end
 """
 
 
-GET = """wrk.format("GET", "/recommend/{users}" .. n % {count})"""
-"""One request to the service, in Lua; `users` is the prefix of user ids that end in a number below `count`."""
-
-
 @dataclass(frozen=True)
 class Result:
     """What one run of a load generator saw. Times in milliseconds."""
@@ -42,15 +63,61 @@ class Result:
     bad: int  # answers that were no 200, and broken connections
 
 
-def closed(url: str, users: str, count: int, *, connections: int, seconds: float, request: str = GET) -> Result:
+def closed(url: str, users: str, count: int, *, connections: int, seconds: int, request: str = GET) -> Result:
     """Each connection asks again as soon as it has its answer. `users` is the prefix of user ids `users0`.."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "load.lua"
-        script.write_text(_SCRIPT % request.format(users=users, count=count))
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "5s", "-s", str(script), url]
+        script.write_text(_SCRIPT % (BATCH, BATCH, request.format(users=users, count=count)))
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "5s", "-s", str(script), url]
         out = subprocess.run([needed(command[0]), *command[1:]], capture_output=True, text=True, check=True).stdout
     found = json.loads(next(line[5:] for line in out.splitlines() if line.startswith("JSON ")))
     return Result(found["requests"] / found["seconds"], found["p50"], found["p99"], found["bad"])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Each request of an open loop: when it was sent (seconds since the epoch), how it ended, what it took (ms)."""
+
+    asked: float  # requests a second that were to be sent
+    sent: Floats  # (R,) ascending
+    status: NDArray[np.int64]  # (R,) -1 for a broken connection
+    took: Floats  # (R,)
+
+    @property
+    def rate(self) -> float:
+        """Requests a second that were sent. Far below `asked`, there was no free connection, and times are too good."""
+        return (len(self.sent) - 1) / float(self.sent[-1] - self.sent[0])
+
+    def between(self, start: float, stop: float) -> Answers:
+        """Those sent in a span of time."""
+        kept = (self.sent >= start) & (self.sent < stop)
+        return Answers(self.asked, self.sent[kept], self.status[kept], self.took[kept])
+
+    def result(self) -> Result:
+        """Of the requests that were answered with a 200."""
+        took = self.took[self.status == 200]
+        p50, p99 = np.percentile(took, [50, 99]) if len(took) else (np.nan, np.nan)
+        share = len(took) / len(self.took)
+        return Result(self.rate * share, float(p50), float(p99), len(self.took) - len(took))
+
+
+def steady(url: str, users: str, count: int, *, rate: float, seconds: float, connections: int = CONNECTIONS) -> Answers:
+    """Requests leave at `rate` a second, evenly, whether or not earlier ones were answered."""
+    opening = connections / 1000
+    with tempfile.TemporaryDirectory() as folder:
+        urls, log = Path(folder) / "urls", Path(folder) / "log"
+        urls.write_text("".join(f"{url}/recommend/{users}{n}\n" for n in range(count)))
+        # Each connection has a clock of its own that starts with it: opened 1 ms apart, they do not tick together.
+        command = [
+            "h2load", "--h1", "-t1", f"-c{connections}", f"--rps={rate / connections:.6f}", "-r1", "--rate-period=1ms",
+            f"-n{round(rate * (seconds + opening))}", f"--log-file={log}", f"-i{urls}",
+        ]  # fmt: skip
+        subprocess.run([needed(command[0]), *command[1:]], capture_output=True, check=True)
+        lines = np.loadtxt(log, np.int64, ndmin=2)  # sent (us since the epoch), status, time to answer (us)
+    lines = lines[np.argsort(lines[:, 0], kind="stable")]
+    answers = Answers(rate, lines[:, 0] / 1e6, lines[:, 1], lines[:, 2] / 1e3)
+    start = float(answers.sent[0]) + opening
+    return answers.between(start, start + seconds)
 
 
 def median(results: Sequence[Result]) -> Result:
@@ -67,5 +134,6 @@ def needed(program: str) -> str:
     """The path of a program that a benchmark cannot do without."""
     found = shutil.which(program)
     if found is None:
-        raise SystemExit(f"{program} is not installed; on Debian: apt-get install {program}")
+        package = {"h2load": "nghttp2-client"}.get(program, program)
+        raise SystemExit(f"{program} is not installed; on Debian: apt-get install {package}")
     return found

@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=3700)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--venvs", type=Path, default=Path("var/peers"), help="where LitServe is installed")
     asked = parser.parse_args()
@@ -173,7 +173,7 @@ def compare_answers(urls: dict[Peer, str], users: int = 50) -> None:
                 raise SystemExit(f"{peer.name} answers {found} for {user}, Upnext {expected}")
 
 
-def measure(urls: dict[Peer, str], seconds: float, rounds: int) -> list[dict[str, Any]]:
+def measure(urls: dict[Peer, str], seconds: int, rounds: int) -> list[dict[str, Any]]:
     """One row a peer."""
     users = running.prefix(LENGTH)
     results: dict[tuple[Peer, int], list[load.Result]] = {(peer, c): [] for c in CONNECTIONS for peer in urls}
