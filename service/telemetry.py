@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, TextIO
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -139,14 +142,31 @@ class Telemetry:
                 "method": scope["method"],
                 "route": route,
                 "status": status,
-                "ms": round(took * 1000, 3),
-                "stages": {name: round(seconds * 1000, 3) for name, seconds in trace.stages.items()},
+                "ms": int(took * 1e6) / 1e3,
+                "stages": {name: int(seconds * 1e6) / 1e3 for name, seconds in trace.stages.items()},
             }
             if trace.caller:
                 fields["caller"] = trace.caller
             if trace.path:
                 fields["retrieval"] = trace.path
-            log.info("request", extra={"fields": fields})
+            log.handle(_RequestRecord(fields))
+
+
+class _RequestRecord(logging.LogRecord):
+    """What `log.info("request", extra={"fields": fields})` makes, in a tenth of the time: without the questions who
+    logs, from where and in which thread.
+    """
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(_REQUEST)
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
+        self.fields = fields
+
+
+_REQUEST: Final = logging.makeLogRecord(
+    {"name": __name__, "levelno": logging.INFO, "levelname": "INFO", "msg": "request"}
+).__dict__
 
 
 def limited(scope: Scope, receive: Receive) -> Receive:
@@ -199,7 +219,7 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """`record` as JSON; `extra={"fields": {...}}` adds fields."""
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage().encode("utf-8", "replace").decode(),
@@ -210,13 +230,51 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(line).decode()
 
 
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+class TurnHandler(logging.StreamHandler[TextIO]):
+    """Writes what one turn of the event loop tells at the end of the turn; warnings and what comes from elsewhere at
+    once.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write `record`, soon. The caller holds the handler's lock."""
+        try:
+            self._lines.append(self.format(record))
+            if record.levelno >= logging.WARNING:
+                self.flush()
+            elif len(self._lines) == 1:
+                asyncio.get_running_loop().call_soon(self.flush)
+        except RuntimeError:  # no loop runs here
+            self.flush()
+        except Exception:  # as logging's own handlers do
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with self.lock or nullcontext():
+            lines, self._lines = self._lines, []
+            if lines:
+                self.stream.write("\n".join(lines) + "\n")
+            super().flush()
+
+
 def logging_config(level: str) -> dict[str, Any]:
     """For `logging.config.dictConfig`: our own lines at `level`, the libraries' warnings, as JSON to stderr."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": "service.telemetry.JsonLines"}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
+        "handlers": {
+            "stderr": {"class": "service.telemetry.TurnHandler", "formatter": "json", "stream": "ext://sys.stderr"}
+        },
         "root": {"level": "WARNING", "handlers": ["stderr"]},
         "loggers": {name: {"level": level.upper()} for name in ("service", "shared")},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import pytest
 from service.errors import MEDIA_TYPE
 from service.main import create_app
 from service.settings import PREFIX, Settings, markdown_table
-from service.telemetry import JsonLines, uuid7
+from service.telemetry import JsonLines, TurnHandler, uuid7
 from shared.bundle import sha256
 from tests.servers import RedisServer
 from tests.serving import Running, json_of, running, serving
@@ -173,6 +175,43 @@ def test_settings_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("UPNEXT_PORT", "9000")
     monkeypatch.setenv("UPNEXT_RETRIEVAL", "hnsw")
     assert (Settings().port, Settings().retrieval) == (9000, "hnsw")
+
+
+class Writes(io.StringIO):
+    """A stream that keeps apart what was written in one go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.calls.append(text)
+        return len(text)
+
+
+def test_a_turn_of_the_loop_writes_its_lines_in_one_go() -> None:
+    stream, log = Writes(), logging.Logger("test", logging.INFO)
+    handler = TurnHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.info("before the loop")
+    assert stream.calls == ["before the loop\n"]
+
+    async def turns() -> None:
+        stream.calls.clear()
+        log.info("one")
+        log.info("two")
+        assert stream.calls == []
+        await asyncio.sleep(0)
+        assert stream.calls == ["one\ntwo\n"]
+        log.info("three")
+        log.warning("this may be the last line")
+        assert stream.calls == ["one\ntwo\n", "three\nthis may be the last line\n"]
+        await asyncio.sleep(0)
+        log.info("at the end")
+
+    asyncio.run(turns())
+    assert stream.calls[2:] == ["at the end\n"]
 
 
 def test_uuid7_sorts_by_time() -> None:
