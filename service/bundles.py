@@ -37,7 +37,7 @@ from shared.categories import Categories
 from shared.database import SchemaError, check_schema
 from shared.encoder import CHUNK
 from shared.events import HistoryPolicy, IntArray, ItemId, ItemIndex, KeyArray
-from shared.retrieval import Mode, Scope
+from shared.retrieval import Scope
 from shared.times import SECOND, now, parse, render_bound
 
 log = logging.getLogger(__name__)
@@ -263,7 +263,7 @@ class Live:
             return
         held = dict(self._changes)
         try:
-            serving = await asyncio.to_thread(_load, folder / version, self.settings.retrieval, held)
+            serving = await asyncio.to_thread(_load, folder / version, self.settings, held)
         except Exception as error:  # whatever is wrong with it, the old one is better than none
             # Perhaps its files are still on their way: shared file systems and object stores show a folder bit by bit.
             self._retry_at = time.monotonic() + self._retry_after
@@ -289,11 +289,13 @@ class Live:
             log.error("bundle cannot be served: %s", reason)
 
 
-def _load(path: Path, mode: Mode, changes: Mapping[ItemId, ItemChange]) -> Serving:
+def _load(path: Path, settings: Settings, changes: Mapping[ItemId, ItemChange]) -> Serving:
     with _uncollected():
-        serving = Serving(Bundle.load(path, mode), changes.values())
+        serving = Serving(Bundle.load(path, settings.retrieval), changes.values())
         if serving.bundle.version != path.name:
             raise BundleError(f"{path}: the manifest says it is version {serving.bundle.version!r}")
+        if lacking := sorted(set(settings.required_models) - serving.bundle.models.keys()):
+            raise BundleError(f"{path}: lacks {', '.join(lacking)}, which UPNEXT_REQUIRED_MODELS asks for")
         _warm(serving)
         return serving
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.rates import parse_rate
 from shared.retrieval import Mode
@@ -43,6 +43,10 @@ class Settings(BaseSettings):
     default_model: str | None = Field(
         None, description="Model that answers when a request names none. Unset, or not in the bundle: the bundle's own."
     )
+    required_models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names of models, with commas between; a new bundle that lacks one is refused like a damaged one.",
+    )
     retrieval: Mode = Field(
         Mode.AUTO, description="Search path: `auto` picks by catalogue size, `exact` and `hnsw` force one."
     )
@@ -65,6 +69,11 @@ class Settings(BaseSettings):
         "info", description="Least severe log lines written; `warning` leaves out the line for each request."
     )
 
+    @field_validator("required_models", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return [name for part in value.split(",") if (name := part.strip())] if isinstance(value, str) else value
+
     @field_validator("rate_limit")
     @classmethod
     def _readable_rate(cls, value: str | None) -> str | None:
@@ -77,6 +86,6 @@ def markdown_table() -> str:
     """The settings as the table that the README shows."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = "unset" if field.default is None else f"`{field.default}`"
+        default = "unset" if field.default in (None, ()) else f"`{field.default}`"
         rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {field.description} |")
     return "\n".join(rows)

@@ -2,6 +2,7 @@
 
     bundles/
       CURRENT                         the name of the live version
+      PREVIOUS                        the name of the version that was live before it
       2026-11-21T10-00-00Z-3f9c/
         manifest.json                 what this is, with size and sha256 of every other file
         items.jsonl                   the catalogue, one item a line, in index order
@@ -46,6 +47,7 @@ SCHEMA_VERSION: Final = 2
 READABLE_VERSIONS: Final = (1, 2)
 VERSION_PATTERN: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 CURRENT: Final = "CURRENT"
+PREVIOUS: Final = "PREVIOUS"
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.npz"
 MODEL_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,62}$"
@@ -271,26 +273,48 @@ def sha256(file: Path) -> str:
 
 def current_version(bundles: Path) -> str | None:
     """What CURRENT names; None when nothing was published yet. Raises BundleError for an unusable CURRENT."""
+    return _named(bundles / CURRENT)
+
+
+def previous_version(bundles: Path) -> str | None:
+    """What was live before; None when nothing was. Raises BundleError for an unusable PREVIOUS."""
+    return _named(bundles / PREVIOUS)
+
+
+def _named(file: Path) -> str | None:
     try:
-        name = (bundles / CURRENT).read_text().strip()
+        name = file.read_text().strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{bundles / CURRENT} cannot be read: {error}") from error
+        raise BundleError(f"{file} cannot be read: {error}") from error
     if not VERSION_PATTERN.fullmatch(name):
-        raise BundleError(f"{bundles / CURRENT} holds {name[:100]!r}, which is no bundle version")
+        raise BundleError(f"{file} holds {name[:100]!r}, which is no bundle version")
     return name
 
 
 def point_current(bundles: Path, version: str) -> None:
-    """Make `version` the live one, at once and durably: a crash leaves the old name or the new, never half a line."""
-    aside = bundles / f".{CURRENT}-{secrets.token_hex(4)}"
-    with aside.open("w") as file:
-        file.write(version + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(bundles / CURRENT)
-    _sync(bundles)
+    """Make `version` the live one, at once and durably: a crash leaves the old name or the new, never half a line.
+
+    The one that it replaces is noted in PREVIOUS.
+    """
+    try:
+        before = current_version(bundles)
+    except BundleError:
+        before = None  # what cannot be read is nothing to go back to
+    if before is not None and before != version:
+        _name(bundles / PREVIOUS, before)
+    _name(bundles / CURRENT, version)
+
+
+def _name(file: Path, version: str) -> None:
+    aside = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
+    with aside.open("w") as opened:
+        opened.write(version + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+    aside.replace(file)
+    _sync(file.parent)
 
 
 def _sync(folder: Path) -> None:
@@ -399,6 +423,6 @@ def seal(folder: Path, bundles: Path, version: str) -> Path:
 
 __all__ = [
     "CURRENT", "AvailabilityInfo", "Bundle", "BundleError", "CatalogueError", "DataInfo", "FileEntry", "IndexInfo",
-    "Manifest", "Model", "ModelInfo", "Parity", "current_version", "new_version", "point_current", "read_manifest",
-    "seal", "sha256", "staged", "verify", "write_data", "write_manifest", "write_model",
+    "Manifest", "Model", "ModelInfo", "Parity", "current_version", "new_version", "point_current", "previous_version",
+    "read_manifest", "seal", "sha256", "staged", "verify", "write_data", "write_manifest", "write_model",
 ]  # fmt: skip

@@ -18,11 +18,13 @@ from shared import bundle as module
 from shared.bundle import (
     CURRENT,
     MANIFEST,
+    PREVIOUS,
     Bundle,
     BundleError,
     current_version,
     new_version,
     point_current,
+    previous_version,
     read_manifest,
     seal,
     staged,
@@ -274,7 +276,10 @@ def test_current_names_the_version_pointed_at_last(tmp_path: Path) -> None:
     for version in ("2026-01-01T00-00-00Z-aaaa", "2025-01-01T00-00-00Z-bbbb"):
         point_current(tmp_path, version)
         assert current_version(tmp_path) == version
-    assert [f.name for f in tmp_path.iterdir()] == [CURRENT]
+    assert previous_version(tmp_path) == "2026-01-01T00-00-00Z-aaaa"
+    assert {f.name for f in tmp_path.iterdir()} == {CURRENT, PREVIOUS}
+    point_current(tmp_path, version)  # no change, so nothing else was live before
+    assert previous_version(tmp_path) == "2026-01-01T00-00-00Z-aaaa"
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])

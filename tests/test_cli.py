@@ -218,6 +218,12 @@ def test_the_steps_one_by_one_lead_to_a_bundle_too(place: Place, tmp_path: Path)
     assert bundle.manifest.data.fingerprint == place.live().manifest.data.fingerprint
     measured = json.loads((tmp_path / "runs/circle/split/metrics.json").read_text())
     assert bundle.manifest.models["circle"].metrics == measured
+    trainer("publish", "circle", *here.runs, *here.bundles)
+    assert "removed" not in trainer("publish", "circle", *here.runs, *here.bundles)
+    assert trainer("publish", "circle", *here.runs, *here.bundles).count("removed") == 1
+    listed = trainer("bundles", *here.bundles)
+    assert (listed.count("circle 1.0"), listed.count("live"), listed.count("before")) == (3, 1, 1)
+    assert here.live().version in listed
 
 
 @pytest.mark.slow

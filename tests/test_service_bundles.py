@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from service.settings import Settings
 from shared import times
 from shared.bundle import MANIFEST, point_current
 from shared.database import catalogue_revision, items
@@ -97,6 +98,34 @@ async def test_a_bad_bundle_leaves_the_old_one_live(tmp_path: Path, redis_server
         write_bundle(bundles, cyclic(14), version="good")
         await until(lambda: upnext.services.live.now_serving().bundle.version == "good")
         assert json_of(await upnext.http.get("/readyz"))["status"] == "ready"
+
+
+async def test_a_bundle_without_a_required_model_leaves_the_old_one_live(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    async with serving(tmp_path, redis_server, cyclic(), **QUICK, required_models="bert4rec, sasrec") as upnext:
+        bundles = upnext.settings.bundles
+        write_bundle(bundles, cyclic(13, models=("sasrec",)), version="half")
+        await until(lambda: upnext.services.live.bundle_failure is not None)
+        assert (await upnext.ask("u"))["model"]["version"] == "2000-03-01T00-00-00Z-test"
+        ready = json_of(await upnext.http.get("/readyz"))
+        assert ready["status"] == "degraded"
+        assert "lacks bert4rec" in ready["checks"]["bundle"]
+        assert await failures(upnext) == 1
+        write_bundle(bundles, cyclic(14, models=("newcomer", "sasrec", "bert4rec")), version="more")
+        await until(lambda: upnext.services.live.now_serving().bundle.version == "more")
+        assert json_of(await upnext.http.get("/readyz"))["status"] == "ready"
+
+
+async def test_without_its_required_models_the_service_is_not_ready(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, cyclic(), required_models="ranker") as upnext:
+        body = assert_problem(await upnext.http.get("/readyz"), 503, "not_ready")
+        assert "lacks ranker" in body["checks"]["bundle"]
+
+
+def test_names_of_required_models_stand_with_commas_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPNEXT_REQUIRED_MODELS", " sasrec,bert4rec ,")
+    assert Settings().required_models == ("sasrec", "bert4rec")
 
 
 async def test_a_bundle_whose_numbers_are_not_finite_is_not_served(tmp_path: Path, redis_server: RedisServer) -> None:

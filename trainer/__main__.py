@@ -21,7 +21,7 @@ from rich.console import Console
 from shared.bundle import Bundle, BundleError, current_version
 from shared.catalogue import CatalogueError
 from shared.database import SchemaError
-from trainer import pipeline
+from trainer import pipeline, shelf
 from trainer.backup import BackupError, backup, restore
 from trainer.cold import cold_table, hold_out, measure_cold
 from trainer.compare import Asked, CompareError, compare, comparison_table, load_ranks
@@ -276,8 +276,25 @@ def publish(
     """Make a bundle of exports and point CURRENT at it."""
     configs = [Run.of(runs, name, fit).config() for name in names]
     pipeline.one_data(configs)
-    target = pipeline.publish_runs(runs, names, dataset_of(configs[0]), bundles, fit, force=force)
+    target = pipeline.publish_runs(runs, names, dataset_of(configs[0]), bundles, fit, say, force=force)
     say(f"published {target} and made it current")
+
+
+@app.command("bundles")
+def list_bundles(bundles: Bundles = Path("bundles")) -> None:
+    """List the bundles: which is live and which was before, when they were made, and how they measured."""
+    say(shelf.listing(bundles))
+
+
+@app.command()
+def rollback(
+    version: Annotated[
+        str | None, typer.Argument(metavar="[VERSION]", help="The one to go back to; none: the one live before.")
+    ] = None,
+    bundles: Bundles = Path("bundles"),
+) -> None:
+    """Make an older bundle live again; running services follow by themselves."""
+    say(f"{shelf.roll_back(bundles, version)} is live again")
 
 
 @app.command()

@@ -202,6 +202,9 @@ class PublishConfig(_Section):
     max_loss: float = Field(
         0.05, ge=0, le=1, description="Refuse a model whose NDCG@10 is below the live one's by a larger share."
     )
+    keep: int = Field(
+        3, ge=2, description="Bundles to keep: the live one, the one before it, the newest others. Older ones go."
+    )
 
 
 class RunConfig(_Section):

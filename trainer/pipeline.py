@@ -36,6 +36,7 @@ from trainer.items import digest, features_of
 from trainer.metrics import intervals, metrics
 from trainer.publish import Candidate, Fit, check_gate, measure, publish
 from trainer.report import write_report
+from trainer.shelf import retire
 from trainer.sources.config import SqlSource
 from trainer.splits import split_of
 from trainer.train import Fitted, Share, TrainingError, evaluate_torch, fit, load_encoder, torch_ranks
@@ -359,7 +360,15 @@ def run(
         candidates, popularity = _refit(fitted, dataset, runs, candidates, say, resume=resume)
     for name, candidate in candidates.items():
         Run.of(runs, name, candidate.fit).save_export(candidate.exported)
-    return publish(bundles, dataset, popularity, candidates, against.metrics, split.test, force=force)
+    target = publish(bundles, dataset, popularity, candidates, against.metrics, split.test, force=force)
+    clear_out(bundles, candidates, say)
+    return target
+
+
+def clear_out(bundles: Path, published: Mapping[str, Candidate], say: Say) -> None:
+    """Remove the bundles that `publish.keep` leaves no room for."""
+    for version in retire(bundles, max(candidate.config.publish.keep for candidate in published.values())):
+        say(f"removed {version}: publish.keep")
 
 
 def _refit(
@@ -382,7 +391,7 @@ def _refit(
 
 
 def publish_runs(
-    runs: Path, names: Sequence[str], dataset: Dataset, bundles: Path, which: Fit, *, force: bool = False
+    runs: Path, names: Sequence[str], dataset: Dataset, bundles: Path, which: Fit, say: Say, *, force: bool = False
 ) -> Path:
     """Publish from run folders: exports of `which` fit with the metrics of the split fit."""
     candidates = {}
@@ -403,7 +412,9 @@ def publish_runs(
     split = split_of(dataset, candidates[names[0]].config.evaluation)
     popularity = everything(dataset)[1] if which == "all" else split.popularity
     baseline = Run.of(runs, names[0], "split").read("baselines.json", f"evaluate {names[0]}")
-    return publish(bundles, dataset, popularity, candidates, baseline, split.test, force=force)
+    target = publish(bundles, dataset, popularity, candidates, baseline, split.test, force=force)
+    clear_out(bundles, candidates, say)
+    return target
 
 
 def _one_protocol(candidates: Mapping[str, Candidate]) -> None:
