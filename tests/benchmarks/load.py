@@ -1,8 +1,8 @@
 """Load on the service from outside.
 
 wrk makes closed loops, in which each connection waits for its answer before it asks again: the most that the service
-can do. h2load makes open ones, in which requests come at a rate of their own, as from many independent callers: what
-callers wait at that rate. A closed loop would hide that, since it stops asking while it waits.
+can do. h2load makes open ones too, in which requests come at a rate of their own, as from many independent callers:
+what callers wait at that rate. A closed loop would hide that, since it stops asking while it waits.
 """
 
 from __future__ import annotations
@@ -102,22 +102,32 @@ class Answers:
 
 
 def steady(url: str, users: str, count: int, *, rate: float, seconds: float, connections: int = CONNECTIONS) -> Answers:
-    """Requests leave at `rate` a second, evenly, whether or not earlier ones were answered."""
+    """An open loop: requests leave at `rate` a second, evenly, whether or not earlier ones were answered."""
     opening = connections / 1000
+    # Each connection has a clock of its own that starts with it: opened 1 ms apart, they do not tick together.
+    options = [
+        f"-c{connections}", f"--rps={rate / connections:.6f}", "-r1", "--rate-period=1ms",
+        f"-n{round(rate * (seconds + opening))}",
+    ]  # fmt: skip
+    answers = _h2load(url, users, count, options, rate)
+    start = float(answers.sent[0]) + opening
+    return answers.between(start, start + seconds)
+
+
+def looped(url: str, users: str, count: int, *, connections: int, seconds: int) -> Answers:
+    """A closed loop like `closed`, with each request's time and end: for what changes meanwhile."""
+    return _h2load(url, users, count, [f"-c{connections}", f"-D{seconds}"], float("inf"))
+
+
+def _h2load(url: str, users: str, count: int, options: Sequence[str], asked: float) -> Answers:
     with tempfile.TemporaryDirectory() as folder:
         urls, log = Path(folder) / "urls", Path(folder) / "log"
         urls.write_text("".join(f"{url}/recommend/{users}{n}\n" for n in range(count)))
-        # Each connection has a clock of its own that starts with it: opened 1 ms apart, they do not tick together.
-        command = [
-            "h2load", "--h1", "-t1", f"-c{connections}", f"--rps={rate / connections:.6f}", "-r1", "--rate-period=1ms",
-            f"-n{round(rate * (seconds + opening))}", f"--log-file={log}", f"-i{urls}",
-        ]  # fmt: skip
-        subprocess.run([needed(command[0]), *command[1:]], capture_output=True, check=True)
+        command = [needed("h2load"), "--h1", "-t1", *options, f"--log-file={log}", f"-i{urls}"]
+        subprocess.run(command, capture_output=True, check=True)
         lines = np.loadtxt(log, np.int64, ndmin=2)  # sent (us since the epoch), status, time to answer (us)
     lines = lines[np.argsort(lines[:, 0], kind="stable")]
-    answers = Answers(rate, lines[:, 0] / 1e6, lines[:, 1], lines[:, 2] / 1e3)
-    start = float(answers.sent[0]) + opening
-    return answers.between(start, start + seconds)
+    return Answers(asked, lines[:, 0] / 1e6, lines[:, 1], lines[:, 2] / 1e3)
 
 
 def median(results: Sequence[Result]) -> Result:
