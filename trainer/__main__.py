@@ -21,6 +21,7 @@ from rich.console import Console
 from shared.bundle import Bundle, BundleError, current_version
 from shared.catalogue import CatalogueError
 from shared.database import SchemaError
+from shared.retrieval import Mode
 from trainer import pipeline, shelf
 from trainer.backup import BackupError, backup, restore
 from trainer.cold import cold_table, hold_out, measure_cold
@@ -33,6 +34,7 @@ from trainer.pipeline import Run
 from trainer.predict import check_table, write_table
 from trainer.predict import predict as predict_lists
 from trainer.publish import Fit, PublishRefusedError, index_of, self_recall
+from trainer.replay import Options, ReplayError, replay, replay_table, service_at
 from trainer.seed import seed_log
 from trainer.sources import SOURCES, RawData, SourceError, describe
 from trainer.sources.vectors import save_vectors
@@ -97,8 +99,13 @@ def say(text: str) -> None:
 
 def fail(error: Exception) -> NoReturn:
     """Print an error that has a remedy, without a traceback, and stop with status 1."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}")
+    complain(error)
     raise typer.Exit(1)
+
+
+def complain(error: Exception) -> None:
+    """Print an error that has a remedy."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}")
 
 
 def _escaped(text: str) -> str:
@@ -124,12 +131,12 @@ def dataset_of(config: RunConfig) -> Dataset:
     return dataset
 
 
-def live_model(bundles: Path, model: str | None) -> tuple[Bundle, str]:
+def live_model(bundles: Path, model: str | None, mode: Mode = Mode.AUTO) -> tuple[Bundle, str]:
     """The live bundle, and the name of the model meant in it."""
     version = current_version(bundles)
     if version is None:
         raise BundleError(f"nothing is published in {bundles}; run: python -m trainer run <preset>")
-    bundle = Bundle.load(bundles / version)
+    bundle = Bundle.load(bundles / version, mode)
     name = model or bundle.manifest.default_model
     if name not in bundle.models:
         raise BundleError(f"no model {name!r} in {version}; it has {', '.join(bundle.models)}")
@@ -316,6 +323,38 @@ def predict(
         f"{excluded.users_touched:,} users touched, {excluded.future_in_lists:,} items kept out of the top {k}; "
         f"{excluded.without_history:,} users answered by popularity"
     )
+
+
+@app.command("replay")
+def replay_command(
+    presets: Presets,
+    url: Annotated[str, typer.Option(envvar="UPNEXT_URL", help="Where the service is.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="UPNEXT_API_KEY", show_envvar=True, help="If the service wants one.")
+    ] = None,
+    bundles: Bundles = Path("bundles"),
+    model: BundleModel = None,
+    users: Annotated[int, typer.Option(min=1, help="How many users to ask for, drawn at random.")] = 200,
+    seed: Annotated[int, typer.Option(help="Decides which.")] = 0,
+    k: Annotated[int, typer.Option("--k", min=1, max=100, help="Items a user.")] = 10,
+    allow: Annotated[float, typer.Option(min=0, max=1, help="Share of answers that may differ.")] = 0.0,
+    retrieval: Annotated[Mode, typer.Option(envvar="UPNEXT_RETRIEVAL", help="As the service has it.")] = Mode.AUTO,
+    candidates: Annotated[int, typer.Option(envvar="UPNEXT_CANDIDATES", min=1, help="As the service has it.")] = 200,
+) -> None:
+    """Skew alarm: compare a running service with its bundle offline. Exit status 1: they differ; 2: nobody can tell."""
+    bundle, name = live_model(bundles, model, retrieval)
+    try:
+        with service_at(url, api_key, bundle.version) as service:
+            service.check_version()
+            dataset = dataset_for(bundle, configs_of(presets)[0])
+            found = replay(bundle, dataset, service, Options(name, k, users, seed, candidates))
+    except ReplayError as error:
+        complain(error)
+        raise typer.Exit(2) from None
+    say(f"{url} and {name} of {bundle.version}:")
+    say(replay_table(found))
+    if any(compared.share > allow for compared in found.values()):
+        raise typer.Exit(1)
 
 
 @app.command()

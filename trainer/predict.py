@@ -57,7 +57,7 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
             items, scores, late = _model_list(model, history, np.append(times, as_of), scope, everything, k)
             replaced += late
         else:
-            items, scores = _popular_list(bundle, scope, k)
+            items, scores = popular_list(bundle, scope, k)
             lonely += 1
         rows.append(_rows(bundle, user_id, items, scores, as_of if clocked else None))
     table = pl.concat(rows) if rows else _rows(bundle, "", np.zeros(0, np.int64), np.zeros(0), None)
@@ -92,7 +92,8 @@ def _model_list(
     return found.items, found.scores.astype(np.float64), late
 
 
-def _popular_list(bundle: Bundle, scope: Scope, k: int) -> tuple[IntArray, FloatArray]:
+def popular_list(bundle: Bundle, scope: Scope, k: int) -> tuple[IntArray, FloatArray]:
+    """The most popular items that the scope permits, and nan for scores."""
     items = bundle.popularity.fallback(scope.as_of)
     items = items[scope.permits(items)][:k]
     return items, np.full(len(items), np.nan)
