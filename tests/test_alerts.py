@@ -20,7 +20,7 @@ from tests.worlds import cyclic
 FOLDER = Path(__file__).resolve().parents[1] / "deploy" / "prometheus"
 RULES = FOLDER / "alerts.yml"
 TESTS = FOLDER / "alerts.test.yml"
-SELECTOR = re.compile(r"\b(upnext_\w+)(?:\{([^}]*(?:\{[^}]*\}[^}]*)?)\})?")
+SELECTOR = re.compile(r"\b(upnext_\w+)(?:\{([^{}]*(?:\{[^}]*\}[^{}]*)?)\})?")
 MATCHER = re.compile(r'(\w+)(=~|=)"([^"]*)"')
 
 
