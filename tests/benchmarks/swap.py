@@ -83,7 +83,9 @@ def measure(service: Stack, bundles: Path, versions: list[str], callers: int, sw
         spans.append((start, max(ends) + AFTER))
     during = np.any([(answers.sent >= start) & (answers.sent < stop) for start, stop in spans], axis=0)
     quiet, swapping = answers.took[~during], answers.took[during]
-    before = [mb for moment, mb in memory if moment < pointed[0]]
+    settled = [  # just before each swap, and at the end
+        [mb for moment, mb in memory if moment < until][-1] for until in (*pointed, time.time())
+    ]
     return {
         "callers": callers, "swaps": swaps, "requests": len(answers.sent),
         "failed": int(np.count_nonzero(answers.status != 200)),
@@ -93,7 +95,7 @@ def measure(service: Stack, bundles: Path, versions: list[str], callers: int, sw
         "quiet_p50": float(np.percentile(quiet, 50)), "swap_p50": float(np.percentile(swapping, 50)),
         "quiet_p99": float(np.percentile(quiet, 99)), "swap_p99": float(np.percentile(swapping, 99)),
         "quiet_max": float(quiet.max()), "swap_max": float(swapping.max()),
-        "mb_before": float(np.median(before)), "mb_peak": max(mb for _, mb in memory), "mb_after": memory[-1][1],
+        "mb_settled": settled, "mb_peak": max(mb for _, mb in memory),
     }  # fmt: skip
 
 
@@ -144,7 +146,8 @@ def report(rows: list[dict[str, Any]], files: float, workers: int) -> None:
     for row in rows:
         print(
             f"{row['callers']} callers: live everywhere after {row['seconds_to_swap']:.1f} s; memory of all workers "
-            f"{row['mb_before']:.0f} MB before, {row['mb_peak']:.0f} MB at most, {row['mb_after']:.0f} MB after"
+            f"{row['mb_peak']:.0f} MB at most; before the first swap and some seconds after each "
+            + ", ".join(f"{mb:.0f}" for mb in row["mb_settled"])
         )
 
 
