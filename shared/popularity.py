@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from weakref import proxy
 
 import numpy as np
 
@@ -20,7 +21,9 @@ class Popularity:
 
     def __init__(self, day: IntArray, item: IntArray, count: IntArray, item_count: int) -> None:
         self.day, self.item, self.count, self.item_count = day, item, count, item_count
-        self.ranked = lru_cache(maxsize=64)(self._ranked)
+        # Of a weak reference: whoever refers to himself is freed by the collector of garbage alone, and bundles are
+        # kept out of its reach.
+        self.ranked = lru_cache(maxsize=64)(partial(Popularity._ranked, proxy(self)))
 
     @classmethod
     def of_events(cls, item: IntArray, timestamp: IntArray, item_count: int) -> Popularity:

@@ -202,8 +202,10 @@ async def test_a_replaced_bundle_goes_without_the_collector_of_garbage(
         await upnext.ask("u")
         json_of(await upnext.http.put("/items/4", json={"title": "Four"}))
         json_of(await upnext.http.get("/items/3/similar"))
-        former: list[weakref.ref[object]] = [weakref.ref(live.now_serving()), weakref.ref(live.now_serving().bundle)]
-        former += [weakref.ref(model.encoder) for model in live.now_serving().bundle.models.values()]
+        bundle = live.now_serving().bundle
+        parts = (live.now_serving(), bundle, bundle.popularity, *(model.encoder for model in bundle.models.values()))
+        former: list[weakref.ref[object]] = [weakref.ref(part) for part in parts]
+        del bundle, parts
         gc.collect()
         gc.disable()
         try:
