@@ -9,6 +9,9 @@ few times is taken by whoever is there, so no connection waits for a worker that
 (Sockets with SO_REUSEPORT, one for each worker, do not give that: the kernel deals connections by a hash of their
 addresses, and those that it has dealt to a worker that hangs wait until it is replaced.)
 
+The price: a connection taken here costs 60 to 100 us more than one that uvloop takes by itself, which only clients
+notice that open one for each request.
+
 uvicorn takes both halves by name: `SharingLoop` as its loop, `SharingProtocol` as its HTTP protocol.
 """
 
