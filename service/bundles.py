@@ -183,6 +183,7 @@ class Live:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        gc.unfreeze()  # of all that is kept from the collector only this process's end would be rid
 
     @property
     def policy(self) -> HistoryPolicy:

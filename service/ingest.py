@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from json.encoder import encode_basestring_ascii as quoted
+from operator import attrgetter
 from types import TracebackType
 from typing import Final, Literal, Self
 
@@ -114,7 +115,8 @@ class LoggedEvent:
 
 _SENT: Final = tuple(NewEvent.__dataclass_fields__)
 _LOGGED: Final = tuple(events.c[name] for name in LoggedEvent.__dataclass_fields__)
-_DIGESTED: Final = tuple((name, f'"{name}":') for name in sorted(_SENT))
+_KEYS: Final = tuple(f'"{name}":' for name in sorted(_SENT))
+_fields: Final = attrgetter(*sorted(_SENT))
 
 
 def digest_of(event: NewEvent) -> str:
@@ -122,11 +124,11 @@ def digest_of(event: NewEvent) -> str:
 
     The text hashed is the event's compact JSON with sorted keys, put together here in a quarter of json.dumps' time.
     """
-    parts = []
-    for name, key in _DIGESTED:
-        value = getattr(event, name)
-        if value is not None:
-            parts.append(key + (quoted(value) if isinstance(value, str) else repr(value)))
+    parts = [
+        key + (quoted(value) if isinstance(value, str) else repr(value))
+        for key, value in zip(_KEYS, _fields(event), strict=True)
+        if value is not None
+    ]
     return hashlib.blake2b(f"{{{','.join(parts)}}}".encode(), digest_size=16).hexdigest()
 
 

@@ -31,14 +31,15 @@ from shared.index_file import check_index
 
 log = logging.getLogger(__name__)
 
-EXACT_ITEMS: Final = 30_000
-"""Prefixes up to this size are searched exactly: 0.15 ms at width 64, less than HNSW with its over-fetch."""
-EXACT_SHARE: Final = 0.1
+EXACT_ITEMS: Final = 100_000
+"""So many allowed items are searched exactly: 1.1 ms at width 64, as long as HNSW takes for a recall of .98."""
+EXACT_SHARE: Final = 0.2
 """Below this share of allowed items HNSW would have to fetch too many to leave enough."""
-GATHER_SHARE: Final = 0.1
+GATHER_SHARE: Final = 0.2
 """Up to this share of the prefix, gathering the vectors that a filter leaves costs less than multiplying all."""
 MAX_FETCH: Final = 2_000
-OVER_FETCH: Final = 1.5
+OVER_FETCH: Final = 2.5
+"""HNSW is asked for so many times what is needed: its best hundred are better the more it looks for."""
 TOGETHER: Final = 3
 """From so many queries on, one product of matrices takes less time than a product for each."""
 SCORES: Final = 1 << 20
@@ -239,9 +240,10 @@ class Retriever:
         """The `count` best of the prefix by `scores` (n,), what may not be returned masked."""
         scores[scope.banned[: scope.banned.searchsorted(span.n, "right")] - 1] = -np.inf
         scores[span.blocked - 1] = -np.inf
-        if scope.wanted is not None:
-            scores[~scope.wanted[1 : span.n + 1]] = -np.inf
-        return top(scores, count) + 1
+        if scope.wanted is None:
+            return top(scores, count) + 1
+        rows = np.flatnonzero(scope.wanted[1 : span.n + 1])  # not masked: many equal scores make `top` slow
+        return rows[top(scores[rows], count)] + 1
 
     def _hnsw(self, index: hnswlib.Index, query: Vectors, fetch: int) -> IntArray:
         """About the `fetch` best of all items; none when the index fails."""
@@ -270,12 +272,18 @@ def top(scores: Vectors, count: int) -> IntArray:
     return np.concatenate((above, ties))
 
 
-def build_index(vectors: Vectors, *, m: int = 16, ef_construction: int = 200, seed: int = 0) -> hnswlib.Index:
-    """An HNSW index over inner products; labels are rows of `vectors`.
+def links(count: int) -> int:
+    """M of an HNSW index over `count` items: twice as many where it will be asked, and has many to tell apart."""
+    return 32 if count > EXACT_ITEMS else 16
+
+
+def build_index(vectors: Vectors, *, m: int | None = None, ef_construction: int = 200, seed: int = 0) -> hnswlib.Index:
+    """An HNSW index over inner products; labels are rows of `vectors`. `m` links an item, by default `links` of them.
 
     Rows are added in random order: in catalogue order, early items would crowd the upper layers.
     """
     index = hnswlib.Index(space="ip", dim=vectors.shape[1])
+    m = links(len(vectors)) if m is None else m
     index.init_index(max_elements=len(vectors), M=m, ef_construction=ef_construction, random_seed=seed + 100)
     order = np.random.default_rng(seed).permutation(len(vectors))
     index.add_items(vectors[order], order, num_threads=1)

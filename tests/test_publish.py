@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from shared.bundle import Bundle, BundleError, current_version, read_manifest
+from shared.retrieval import links
 from tests.trained import ITEMS, World, unchanged, world
 from trainer import publish as module
 from trainer.config import IndexConfig
@@ -61,7 +62,7 @@ def test_the_manifest_says_where_everything_comes_from(tmp_path: Path, circle: W
     assert info.config["publish"]["max_loss"] == 0.2
     assert info.config["training"]["lr"] == circle.config.training.lr
     assert (info.index.recall_at_10, info.index.recall_at_100) == (1.0, 1.0)
-    assert (info.index.m, info.index.ef) == (circle.config.index.m, circle.config.index.ef)
+    assert (info.index.m, info.index.ef) == (links(len(circle.exported.vectors)), circle.config.index.ef)
 
 
 def test_a_model_that_popularity_beats_is_refused(tmp_path: Path, circle: World) -> None:

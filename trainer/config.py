@@ -190,7 +190,7 @@ class EvaluationConfig(_Section):
 class IndexConfig(_Section):
     """The HNSW index."""
 
-    m: int = Field(16, ge=2, description="Links of a node.")
+    m: int | None = Field(None, ge=2, description="Links of a node. Absent: 16, and 32 above 100,000 items.")
     ef_construction: int = Field(200, ge=8, description="Candidates looked at while building.")
     ef: int = Field(200, ge=10, description="Candidates looked at by a query.")
 

@@ -29,7 +29,7 @@ from shared.bundle import (
     write_model,
 )
 from shared.popularity import Popularity
-from shared.retrieval import Retriever, build_index
+from shared.retrieval import Retriever, build_index, links
 from trainer.config import IndexConfig, RunConfig
 from trainer.dataset import Cases, Dataset, Split
 from trainer.evaluate import TOP, Served, encode_cases, index_recall, served_lists
@@ -115,7 +115,8 @@ def _model_info(candidate: Candidate, recall: tuple[float, float] | None) -> Mod
             "epochs": candidate.epochs,
             "parity": candidate.exported.parity,
             "index": IndexInfo(
-                m=settings.m, ef_construction=settings.ef_construction, ef=settings.ef,
+                m=settings.m or links(len(candidate.exported.vectors)), ef_construction=settings.ef_construction,
+                ef=settings.ef,
                 recall_at_10=at_10, recall_at_100=at_100,
             ),
             "metrics": candidate.metrics,

@@ -58,7 +58,7 @@ async def take_events(
     sent, base = (body.events, "/events/") if isinstance(body, EventsBody) else ([body], "")
     arrived, live = now(), services.live
     refuse_future(sent, base, arrived)
-    events = [NewEvent(**dict(event)) for event in sent]
+    events = [NewEvent(**vars(event)) for event in sent]
     try:
         with trace.stage("store"):
             taken = await services.log.append(events, live.policy, arrived)

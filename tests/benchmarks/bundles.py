@@ -19,7 +19,7 @@ from shared.catalogue import Catalogue, Item
 from shared.encoder import Vectors
 from shared.events import HistoryPolicy, IntArray
 from shared.popularity import Popularity
-from shared.retrieval import build_index
+from shared.retrieval import build_index, links
 from shared.times import DAY, of_year, render
 from trainer.config import load_config
 from trainer.export import export
@@ -105,7 +105,7 @@ def random_bundle(
                     encoder=exported.spec,
                     fit="all",
                     parity=exported.parity,
-                    index=IndexInfo(m=16, ef_construction=200, ef=200, recall_at_10=None, recall_at_100=None),
+                    index=IndexInfo(m=links(items), ef_construction=200, ef=200, recall_at_10=None, recall_at_100=None),
                     metrics={},
                     config={},
                 )
