@@ -228,7 +228,7 @@ def serve(settings: Settings) -> None:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop" if alone else "service.sharing:SharingLoop",
-        http="httptools" if alone else "service.sharing:SharingProtocol",
+        http="service.overload:RefusingProtocol" if alone else "service.sharing:SharingProtocol",
         access_log=False,  # the service writes its own line for each request
         server_header=False,
         log_config=logging_config(settings.log_level),

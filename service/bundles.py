@@ -10,6 +10,7 @@ being replaced, so a request that took hold of a `Serving` keeps one numbering t
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import time
@@ -281,6 +282,8 @@ class Live:
         self.metrics.bundle_created.set(parse(serving.bundle.manifest.created) / SECOND)
         self.metrics.bundle_loaded.set(time.time())
         log.info("bundle is live", extra={"fields": {"version": version}})
+        if len(self._former):  # the allocator keeps what the old one and the loading took, unless told
+            await asyncio.to_thread(_trim)
 
     def _failed(self, attempted: str, error: Exception) -> None:
         reason, known = str(error) or type(error).__name__, self.bundle_failure
@@ -314,6 +317,12 @@ def _uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library is glibc."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _warm(serving: Serving) -> None:

@@ -201,8 +201,8 @@ def problem(error: ServiceError, instance: str, headers: Mapping[str, str] | Non
         "type": TYPE_PREFIX + error.code,
         "title": error.title,
         "status": error.status,
-        "detail": _clean(str(error)),
-        "instance": _clean(instance),
+        "detail": cleaned(str(error)),
+        "instance": cleaned(instance),
     }
     if error.errors:
         body["errors"] = error.errors
@@ -262,13 +262,13 @@ def of_validation(error: RequestValidationError) -> Invalid:
 
 def _fault(found: Mapping[str, Any], body: Any) -> Fault:
     place, *path = found["loc"]
-    detail = _clean(str(found["msg"]).removeprefix("Value error, "))
+    detail = cleaned(str(found["msg"]).removeprefix("Value error, "))
     if found["type"] == "json_invalid":
         return {"pointer": "", "detail": f"The body is not JSON: {found['ctx']['error']} at character {path[0]}"}
     if found["type"] == "extra_forbidden":
         detail = f"There is no such {'field' if place == 'body' else 'parameter'}"
     if place != "body":
-        return {"parameter": _clean(str(path[0])), "detail": detail}
+        return {"parameter": cleaned(str(path[0])), "detail": detail}
     missing = path[-1:] if found["type"] == "missing" else []
     return {"pointer": pointer(_inside(path, body) + missing), "detail": detail}
 
@@ -287,10 +287,10 @@ def _inside(path: Sequence[str | int], body: Any) -> list[str | int]:
 
 def pointer(path: Iterable[str | int]) -> str:
     """A JSON pointer (RFC 6901): ["events", 0, "a/b"] -> "/events/0/a~1b"."""
-    return "".join("/" + _clean(str(part)).replace("~", "~0").replace("/", "~1") for part in path)
+    return "".join("/" + cleaned(str(part)).replace("~", "~0").replace("/", "~1") for part in path)
 
 
-def _clean(text: str) -> str:
+def cleaned(text: str) -> str:
     """Text that UTF-8 can carry: JSON lets lone surrogates in, and a message may repeat them. Cut to 500 characters."""
     return text[:500].encode("utf-8", "replace").decode()
 

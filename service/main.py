@@ -24,7 +24,7 @@ from service.history import HistoryStore, create_redis
 from service.ingest import EventLog
 from service.keys import KeyRing
 from service.metrics import Metrics
-from service.overload import InFlight
+from service.overload import Bound, InFlight
 from service.rates import RateLimit, parse_rate
 from service.recommend import Recommender
 from service.routes import events, items, operations, recommend, users
@@ -100,7 +100,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app, [route for router in routers for route in router.routes])
     app.add_middleware(Direct)
     app.add_middleware(Door, keys=keys, limit=limit)
-    app.add_middleware(InFlight, limit=settings.max_in_flight, metrics=metrics)
+    app.state.bound = Bound(settings.max_in_flight, metrics)
+    app.add_middleware(InFlight, bound=app.state.bound)
     app.add_middleware(Telemetry, metrics=metrics)  # outermost: it tells of refused requests too
     _complete_description(app)
     return app

@@ -54,7 +54,7 @@ class Settings(BaseSettings):
         200, ge=1, le=2000, description="Items retrieved for a request before the final gate and ranking; at least `n`."
     )
     max_in_flight: int = Field(
-        256, ge=1, le=100_000, description="Requests a worker has in flight at most; above, it answers 503 at once."
+        128, ge=1, le=100_000, description="Requests a worker has in flight at most; above, it answers 503 at once."
     )
     drain_seconds: int = Field(
         10, ge=1, le=3600, description="After SIGTERM, seconds for requests in hand to end before they are broken off."

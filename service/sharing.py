@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.overload import RefusingProtocol
 
 log = logging.getLogger(__name__)
 
@@ -216,8 +217,8 @@ class Listener(asyncio.AbstractServer):
         self.loop.add_reader(self.sock, self._take)
 
 
-class SharingProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, on a `SharingLoop`; its connections count."""
+class SharingProtocol(RefusingProtocol):
+    """The HTTP protocol, on a `SharingLoop`; its connections count."""
 
     loop: SharingLoop
 

@@ -117,7 +117,8 @@ def test_several_at_once_find_what_each_finds_alone(mode: Mode, questions: int) 
 
 
 @pytest.mark.parametrize(("few", "path"), [(6, "gather"), (7, "exact")])
-def test_few_items_are_gathered_and_many_masked(few: int, path: str) -> None:
+def test_few_items_are_gathered_and_many_masked(few: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "GATHER_SHARE", 0.1)
     wanted = np.zeros(N + 1, bool)
     wanted[1 : few + 1] = True
     catalogue = Catalogue.number([Item(f"{n:03}", available_from=n) for n in range(1, N + 1)])
@@ -183,6 +184,7 @@ def test_the_planner_takes_the_path(monkeypatch: pytest.MonkeyPatch, mode: Mode,
 
 def test_a_small_share_of_existing_items_is_searched_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "EXACT_ITEMS", 2)
+    monkeypatch.setattr(retrieval, "EXACT_SHARE", 0.1)
     vectors = vectors_of(1)
     catalogue = Catalogue.number([Item(f"{n:03}", available_from=n) for n in range(1, N + 1)])
     retriever = Retriever(vectors, indexed(vectors), Mode.AUTO)
