@@ -30,7 +30,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.keys import KeyRing, KeysError, Scope, new_key
 from service.redis_child import RedisMissing, start_redis
 from service.settings import PREFIX, Settings, markdown_table
-from service.sharing import FILE as SHARES_FILE
 from shared.bundle import BundleError, current_version
 from shared.database import SchemaError, create_engine, migrate
 from shared.erasure import Tombstones, read_tombstones
@@ -159,7 +158,9 @@ def run(settings: Settings) -> int:
                 os.environ[f"{PREFIX}REDIS_URL"] = stack.enter_context(start_redis())
             metrics = stack.enter_context(tempfile.TemporaryDirectory(prefix="upnext-metrics-"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
-            os.environ[SHARES_FILE] = stack.enter_context(tempfile.NamedTemporaryFile(prefix="upnext-")).name
+            from service.sharing import FILE  # noqa: PLC0415 - see above
+
+            os.environ[FILE] = stack.enter_context(tempfile.NamedTemporaryFile(prefix="upnext-")).name
             migrate_if_there(settings)
             greet(settings)
             serve(settings)
