@@ -422,7 +422,7 @@ class _Line:
         except Exception as error:  # whatever it was: the log can answer instead
             self.tell("redis")
             if not self.failed:
-                log.warning("Redis cannot be used, histories come from the log: %r", error)
+                log.warning("Redis cannot be used, histories come from the log: %s: %s", type(error).__name__, error)
             self.failed = True
             self.paused_until = asyncio.get_running_loop().time() + PAUSE
             batch, self.waiting = [*batch, *self.waiting], []  # none of them shall wait for another failure

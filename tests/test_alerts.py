@@ -37,12 +37,12 @@ def selectors() -> set[tuple[str, str, str, str]]:
     return found
 
 
-async def test_rules_name_what_the_service_writes(tmp_path: Path, redis_server: RedisServer) -> None:
-    async with serving(tmp_path, redis_server, cyclic()) as upnext:
+async def test_rules_name_what_the_service_writes(tmp_path: Path, redis_of_test: RedisServer) -> None:
+    async with serving(tmp_path, redis_of_test, cyclic()) as upnext:
         await upnext.view("u", "3")
         await upnext.ids("u")
         await upnext.bring(["3", "unheard"])
-        redis_server.kill()
+        redis_of_test.kill()
         await upnext.ids("u")
         assert_problem(await upnext.http.get("/recommend/u?model=none"), 404, "unknown_model")
         text = (await upnext.http.get("/metrics")).text
