@@ -206,7 +206,8 @@ class Encoder(nn.Module):
         Behind a causal mask right padding is never looked at by real positions; both-sided attention must be told.
         """
         if not self.causal:
-            real = (items != PAD)[:, None, None, :]  # (B, 1, 1, T)
+            T = items.shape[1]
+            real = (items != PAD)[:, None, None, :].expand(-1, -1, T, -1)  # (B, 1, T, T): ONNX spreads no mask over Q
             return torch.where(real, 0.0, HIDDEN) if self.biased else real
         if not self.biased:
             return None
