@@ -184,7 +184,7 @@ class Live:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        gc.unfreeze()  # of all that is kept from the collector only this process's end would be rid
+        gc.unfreeze()  # a process that goes on, as that of tests does, may have the rest collected
 
     @property
     def policy(self) -> HistoryPolicy:
@@ -309,7 +309,7 @@ def _uncollected() -> Iterator[None]:
     """Keep the collector of garbage away from what is made here, now and later.
 
     It would look through all items again and again, each time holding up every request: 0.1 s for the application
-    alone, seconds for a large catalogue. None of them is in a cycle, so they go when the bundle goes.
+    alone, and longer with every item. None of them is in a cycle, so they go when the bundle goes.
     """
     gc.disable()
     try:

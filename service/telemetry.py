@@ -153,8 +153,8 @@ class Telemetry:
 
 
 class _RequestRecord(logging.LogRecord):
-    """What `log.info("request", extra={"fields": fields})` makes, in a tenth of the time: without the questions who
-    logs, from where and in which thread.
+    """What `log.info("request", extra={"fields": fields})` makes, without asking who logs, from where and in which
+    thread.
     """
 
     def __init__(self, fields: dict[str, Any]) -> None:

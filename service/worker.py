@@ -30,9 +30,7 @@ def create_app() -> FastAPI:
     """The application, for uvicorn to call in each worker."""
     settings = Settings()
     launcher = multiprocessing.parent_process()
-    if (
-        launcher is not None
-    ):  # else this is the launcher itself, which runs a single worker without a process of its own
+    if launcher is not None:  # a single worker has no process of its own: it is the launcher
         wait = threading.Thread(target=_outlive, args=(launcher, settings.drain_seconds), daemon=True)
         wait.start()
     return main.create_app(settings)

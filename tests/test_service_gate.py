@@ -28,7 +28,7 @@ from shared.database import create_engine
 from shared.events import HistoryPolicy, item_keys
 from shared.retrieval import Candidates, Mode
 from shared.times import BEGINNING, DAY, END, parse
-from tests.worlds import BORN, CREATED, World, cyclic, in_memory
+from tests.worlds import BORN, CREATED, World, cyclic, exists, in_memory
 
 WIDTH = 3
 DAYS = st.integers(0, 6).map(lambda day: BORN + day * DAY)
@@ -159,10 +159,6 @@ def known_items(case: Case) -> dict[str, Item]:
             )
         found[item_id] = item
     return found
-
-
-def exists(item: Item, as_of: int) -> bool:
-    return item.available_from <= as_of < item.available_until and not item.withdrawn
 
 
 def fits(item: Item, where: Where | None) -> bool:

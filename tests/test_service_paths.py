@@ -26,7 +26,7 @@ from shared.retrieval import Mode
 from shared.times import DAY, END, of_year, parse, render
 from tests.servers import RedisServer
 from tests.serving import Running, ids_of, json_of, serving, until
-from tests.worlds import BORN, CREATED, World, write_bundle
+from tests.worlds import BORN, CREATED, World, exists, write_bundle
 
 COUNT = 48
 WIDTH = 6
@@ -79,10 +79,6 @@ class Truth:
             return
         self.withdrawn.discard(item_id)
         self.put[item_id] = Item(item_id, None, tuple(change["categories"]), change["from"], change["until"])
-
-
-def exists(item: Item, as_of: int) -> bool:
-    return item.available_from <= as_of < item.available_until and not item.withdrawn
 
 
 def fits(item: Item, question: Mapping[str, Any]) -> bool:

@@ -71,6 +71,11 @@ def circle(count: int) -> Vectors:
     return table
 
 
+def exists(item: Item, as_of: int) -> bool:
+    """The rule of availability for one item, apart from the code under test."""
+    return item.available_from <= as_of < item.available_until and not item.withdrawn
+
+
 def encoder_bytes(table: Vectors, *, asks_with_mask: bool, clock: Clock = "none") -> bytes:
     """query = table[items[b, lengths[b] - 1]]; one place further left where MASK stands behind the history.
 

@@ -10,25 +10,19 @@ much that it forbids, single requests and chains of them, with all checks. Ends 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.benchmarks.stack import Stack, stack
 from tests.fuzz.machine import Upnext
-from tests.servers import free_port
-from tests.worlds import World, cyclic, write_bundle
+from tests.worlds import World, cyclic
 
-ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 KEY = "a-key-for-fuzzing-0123456789"
 
@@ -41,47 +35,25 @@ def world() -> World:
     return replace(plain, items=items)
 
 
-@contextmanager
-def service(folder: Path) -> Iterator[str]:
-    """`python -m service` on a bundle of its own; its URL."""
-    write_bundle(folder / "bundles", world())
-    port = free_port()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("UPNEXT_", "PROMETHEUS_"))}
-    settings = {"UPNEXT_PORT": str(port), "UPNEXT_API_KEY": KEY, "UPNEXT_LOG_LEVEL": "warning"}
-    environment = kept | settings | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    with (folder / "service.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service"], cwd=folder, env=environment, stdout=log, stderr=log
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait(process, url)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+def service() -> AbstractContextManager[Stack]:
+    """The service with a bundle for fuzzing, and a key."""
+    return stack("sqlite", workers=1, world=world(), api_key=KEY, log_level="warning")
 
 
-def _wait(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError("the service did not start")
+def errors_of(service: Stack) -> list[str]:
+    """Lines of the service's log that tell of an error."""
+    lines = (service.folder / "service.log").read_text().splitlines()
+    return [line for line in lines if '"level":"error"' in line]
 
 
-def fuzz(url: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run schemathesis on `url` with all checks; its output is in the result."""
+def fuzz(service: Stack, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run schemathesis with all checks; its output is in the result."""
     fixed = ["--generation-database", "none", "--no-color", "--request-timeout", "30"]
     words = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(CONFIG), "run"]
     header = ["--header", f"Authorization: Bearer {KEY}"]
     return subprocess.run(
-        [*words, f"{url}/openapi.json", *header, *fixed, *options],
-        cwd=folder,
+        [*words, f"{service.url}/openapi.json", *header, *fixed, *options],
+        cwd=service.folder,
         capture_output=True,
         text=True,
         check=False,
@@ -101,13 +73,11 @@ def main() -> int:
         run_state_machine_as_test(Upnext, settings=long)
         print(f"{given.machine} runs of the state machine, no failure")
         return 0
-    with tempfile.TemporaryDirectory(prefix="upnext-fuzz-") as name:
-        folder = Path(name)
-        with service(folder) as url:
-            seed = ["--seed", given.seed] if given.seed else []
-            done = fuzz(url, folder, "--max-time", str(int(given.minutes * 60)), "--continue-on-failure", *seed)
+    with service() as running:
+        seed = ["--seed", given.seed] if given.seed else []
+        done = fuzz(running, "--max-time", str(int(given.minutes * 60)), "--continue-on-failure", *seed)
         print(done.stdout, done.stderr)
-        errors = [line for line in (folder / "service.log").read_text().splitlines() if '"level":"error"' in line]
+        errors = errors_of(running)
         print(f"{len(errors)} errors in the service's log", *errors[:5], sep="\n")
         return done.returncode or bool(errors)
 
