@@ -2,7 +2,7 @@
 
 The log (SQL) is the truth; Redis holds entries that can be rebuilt from it at any time.
 
-    key    upnext:<epoch>:{<user_id>}          a hash, complete or absent
+    key    upnext:<epoch>:{<user_id>}          a hash, complete or absent; see `redis_line` for the epoch
     m      policy fingerprint, newest event's time, place of the newest sequence event
     w      window: the newest 256 sequence events, 24 bytes each: time, seq * 2 + seen, item key;
            little-endian, sorted by (time, seq)
@@ -15,9 +15,8 @@ What keeps an entry right:
 - `appended` runs after the commit and changes existing entries only. Where it meets a marker it deletes it.
 - A rebuild puts its marker first, reads SQL second, and writes third, only if its marker still stands. So an
   event is either in what SQL returned, or its `appended` met the marker, or it met the finished entry.
-- The epoch names one life of one master. It is learnt in the greeting of each connection and used on
-  that connection alone; a command tried again on another is named anew. So entries that a restarted server
-  loads from an old dump, or that a failover brings, have names that nobody asks for.
+- The epoch names one life of one master, so nobody asks for entries that a restarted server loads from an old dump, or
+  that a failover brings.
 - An event that did not reach Redis leaves its row in the outbox (`service.ingest`), and this process
   does not read the user's entry before it has dropped it.
 """
@@ -25,7 +24,6 @@ What keeps an entry right:
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
 import struct
@@ -34,21 +32,17 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
-from hiredis import pack_command
 from redis.asyncio import Redis
-from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from service import redis_line
+from service.redis_line import Command, Failed, RedisDown, RedisLine, script
 from shared.database import events
 from shared.events import Events, HistoryPolicy, IntArray, KeyArray, history_of, item_key, item_keys
 from shared.times import BEGINNING
@@ -59,28 +53,15 @@ WINDOW: Final = 256
 """Sequence events in a cached entry: more than any model's T."""
 MARKER_MILLISECONDS: Final = 2_000
 """How long a rebuild keeps others from rebuilding; a slower one is not written."""
-PAUSE: Final = 0.25
-"""Seconds without a try after Redis failed: a dead Redis must not cost each request its timeout."""
-GREETING_SECONDS: Final = 1.0
-"""An open connection is asked this often whether it still leads to the master it was greeted by."""
-EXCHANGE: Final = 256
-"""Commands in one exchange with Redis."""
 READ_SECONDS: Final = 2.0
 """A database that takes longer to be read is taken for one that does not answer."""
 READERS: Final = 6
 """Histories that a worker reads from the log at a time: when all of the cache is gone, other work still has room."""
-COMMANDS: Final = 64
-"""An exchange may take the client's timeout once more for each so many commands."""
-LATE: Final = 0.01
-"""Seconds by which a timer may be late before the event loop counts as held up."""
 MAX_DIRTY: Final = 100_000
 
 _META: Final = struct.Struct("<8sqqq")  # fingerprint, newest, time and seq of the newest sequence event
 _RECORD: Final = np.dtype([("timestamp", "<i8"), ("tag", "<i8"), ("key", "<u8")])
 _PACK: Final = struct.Struct("<qqQ")
-_EPOCH: Final = "upnext_epoch"
-_GREETED: Final = "upnext_greeted"
-_WHO: Final = (("INFO", "server"), ("INFO", "replication"))
 
 # Numbers in Lua are doubles: times and sequence numbers stay below 2^53, item keys are moved as bytes.
 APPEND: Final = """
@@ -170,20 +151,11 @@ redis.call('EXPIRE', KEYS[1], ARGV[5])
 return 1
 """
 
-_SHA: Final = {
-    text: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for text in (APPEND, CLAIM, COMPLETE)
-}
-
-
-Failed = Callable[[Literal["redis", "database"]], object]
+SCRIPTS: Final = (APPEND, CLAIM, COMPLETE)
 
 
 class HistoryUnavailable(Exception):  # noqa: N818 - says what it is
     """Neither Redis nor SQL could be read."""
-
-
-class _RedisDown(Exception):  # noqa: N818 - says what it is
-    """No usable answer from Redis."""
 
 
 @contextmanager
@@ -257,202 +229,14 @@ class _Entry:
         return UserHistory(keys, np.ascontiguousarray(self.window["timestamp"]), seen, newest, source)
 
 
-class _Command(NamedTuple):
-    """A command on one user's entry; the key goes between the two parts."""
-
-    user_id: str
-    before: tuple[str | int, ...]
-    after: tuple[str | int | bytes, ...] = ()
-
-
-def _script(text: str, user_id: str, *arguments: str | int | bytes) -> _Command:
-    return _Command(user_id, ("EVALSHA", _SHA[text], 1), arguments)
+def create_redis(url: str, *, timeout: float = 0.05) -> Redis:
+    """A client for `HistoryStore`; see `service.redis_line.create_redis`."""
+    return redis_line.create_redis(url, SCRIPTS, timeout=timeout)
 
 
 @lru_cache(maxsize=16)
 def _fingerprint(policy: HistoryPolicy) -> bytes:
     return policy.fingerprint().encode()
-
-
-# --- the connection -----------------------------------------------------------------------------------
-
-
-def create_redis(url: str, *, timeout: float = 0.05) -> Redis:
-    """A client for `HistoryStore`: `redis://`, `rediss://` or `unix://`. Connects on first use.
-
-    It gives up after `timeout` seconds without an answer and 250 ms without a connection, and retries nothing by
-    itself: a command made for one server must not reach another. Raises ValueError for another kind of URL.
-    """
-    return Redis.from_url(
-        url,
-        socket_timeout=timeout,
-        socket_connect_timeout=0.25,
-        retry=Retry(NoBackoff(), 0),
-        protocol=2,
-        driver_info=None,
-        client_name="upnext-history",
-        redis_connect_func=_greet,
-    )
-
-
-async def _greet(connection: AbstractConnection) -> None:
-    """Set up a fresh connection: log in, learn the epoch, load the scripts."""
-    await connection.on_connect()
-    scripts = [("SCRIPT", "LOAD", text) for text in _SHA]
-    server, replication, *loaded = await _talk(connection, [*_WHO, *scripts])
-    if errors := [reply for reply in loaded if isinstance(reply, ResponseError)]:
-        raise errors[0]
-    setattr(connection, _EPOCH, _epoch(server, replication))
-    setattr(connection, _GREETED, asyncio.get_running_loop().time())
-
-
-def _epoch(server: bytes | ResponseError, replication: bytes | ResponseError) -> str:
-    """Eight hex digits for this life of this master, from the replies to INFO.
-
-    The run id changes with each start of the process; the replication id also when a replica becomes master,
-    so a master that comes back after two failovers does not find the entries of its first reign.
-    Raises redis-py's ConnectionError for a server that is no master or does not say who it is.
-    """
-    if isinstance(server, ResponseError) or isinstance(replication, ResponseError):
-        raise RedisConnectionError(f"the Redis server does not answer INFO: {server!r}")
-    lines = (line.split(b":", 1) for line in (server + b"\n" + replication).splitlines() if b":" in line)
-    facts = {name: value.strip() for name, value in lines}
-    life = facts.get(b"run_id", b"") + facts.get(b"master_replid", b"")
-    if facts.get(b"role") != b"master" or not life:
-        raise RedisConnectionError(f"the Redis server is {facts.get(b'role', b'?').decode()}, not a master with an id")
-    return hashlib.blake2b(life, digest_size=4).hexdigest()
-
-
-async def _talk(connection: AbstractConnection, commands: Sequence[tuple[str | int | bytes, ...]]) -> list[Any]:
-    """Send all commands at once and read all replies. Error replies are raised after the last was read."""
-    # hiredis packs in C: redis-py's asyncio side does it in Python, for a fifth of the time that events take.
-    packed = [pack_command(command) for command in commands]  # type: ignore[arg-type]
-    await connection.send_packed_command(b"".join(packed), check_health=False)
-    replies: list[Any] = []
-    for _ in commands:
-        try:
-            replies.append(await connection.read_response())
-        except ResponseError as error:
-            replies.append(error)
-    if stale := [reply for reply in replies if isinstance(reply, NoScriptError | ReadOnlyError)]:
-        raise stale[0]  # the connection leads to another server than it did, or to a changed one
-    return replies
-
-
-@asynccontextmanager
-async def _one_limit(connection: AbstractConnection, commands: int) -> AsyncIterator[None]:
-    """One limit of time for an exchange: redis-py has one for each reply, and makes a task for each writing.
-
-    A loop that is late runs its timers before it looks at its sockets, where the replies may lie for long: then it is
-    not Redis that is slow, and the limit counts anew, once.
-    """
-    limit, loop = connection.socket_timeout, asyncio.get_running_loop()
-    assert limit is not None  # noqa: S101 - by create_redis
-    seconds = limit * (1 + commands // COMMANDS)
-    connection.socket_timeout = None
-    try:
-        async with asyncio.timeout(None) as until:
-            due = loop.time() + seconds
-
-            def expire() -> None:
-                now = loop.time()
-                until.reschedule(now + seconds if now > due + LATE else now)
-
-            timer = loop.call_at(due, expire)
-            try:
-                yield
-            finally:
-                timer.cancel()
-    finally:
-        connection.socket_timeout = limit
-
-
-class _Line:
-    """All commands of a process to Redis, one exchange at a time; what waits meanwhile goes together in the next.
-
-    A caller that is cancelled leaves its reply unread by itself alone: nobody else's reply moves. A connection
-    on which anything but complete replies happened is closed.
-    """
-
-    def __init__(self, redis: Redis, failed: Failed) -> None:
-        self.redis = redis
-        self.tell = failed
-        self.waiting: list[tuple[_Command, asyncio.Future[Any]]] = []
-        self.running: asyncio.Task[None] | None = None
-        self.failed = False
-        self.paused_until = 0.0
-
-    async def ask(self, commands: Sequence[_Command]) -> list[Any]:
-        """The replies, in order. Raises _RedisDown when Redis did not take all commands."""
-        loop = asyncio.get_running_loop()
-        if self.failed and (self.running is not None or loop.time() < self.paused_until):
-            raise _RedisDown("Redis failed a moment ago")  # after a failure one caller at a time tries again
-        futures: list[asyncio.Future[Any]] = [loop.create_future() for _ in commands]
-        self.waiting.extend(zip(commands, futures, strict=True))
-        if self.running is None:
-            self.running = asyncio.create_task(self._run())
-        replies = await asyncio.gather(*futures) if len(futures) > 1 else [await futures[0]] if futures else []
-        if errors := [reply for reply in replies if isinstance(reply, Exception)]:
-            raise _RedisDown(str(errors[0])) from errors[0]
-        return replies
-
-    async def _run(self) -> None:
-        try:
-            while self.waiting:
-                batch, self.waiting = self.waiting[:EXCHANGE], self.waiting[EXCHANGE:]
-                await self._serve(batch)
-        finally:
-            self.running = None
-            for _, future in self.waiting:  # only after a cancellation from outside, when the loop ends
-                future.cancel()
-            self.waiting = []
-
-    async def _serve(self, batch: Sequence[tuple[_Command, asyncio.Future[Any]]]) -> None:
-        try:
-            commands = [command for command, _ in batch]
-            try:
-                replies: Sequence[Any] = await self._exchange(commands)
-            except (RedisConnectionError, NoScriptError, ReadOnlyError):
-                # The pool's socket led to a server that is gone or changed. All commands may run twice, and
-                # are named anew for the server that the next connection finds.
-                replies = await self._exchange(commands)
-            self.failed = False
-        except Exception as error:  # whatever it was: the log can answer instead
-            self.tell("redis")
-            if not self.failed:
-                log.warning("Redis cannot be used, histories come from the log: %s: %s", type(error).__name__, error)
-            self.failed = True
-            self.paused_until = asyncio.get_running_loop().time() + PAUSE
-            batch, self.waiting = [*batch, *self.waiting], []  # none of them shall wait for another failure
-            replies = [error] * len(batch)
-        except BaseException:
-            for _, future in batch:
-                future.cancel()
-            raise
-        for (_, future), reply in zip(batch, replies, strict=True):
-            if not future.done():
-                future.set_result(reply)
-
-    async def _exchange(self, commands: Sequence[_Command]) -> list[Any]:
-        pool = self.redis.connection_pool
-        connection: AbstractConnection = await pool.get_connection()  # type: ignore[no-untyped-call]
-        try:
-            epoch = getattr(connection, _EPOCH)
-            packed = [(*c.before, f"upnext:{epoch}:{{{c.user_id}}}", *c.after) for c in commands]
-            now = asyncio.get_running_loop().time()
-            async with _one_limit(connection, len(packed)):
-                if now - getattr(connection, _GREETED) < GREETING_SECONDS:
-                    return await _talk(connection, packed)
-                server, replication, *replies = await _talk(connection, [*_WHO, *packed])
-            if _epoch(server, replication) != epoch:
-                raise RedisConnectionError("the Redis server is another master than it was")
-            setattr(connection, _GREETED, now)
-            return replies
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        finally:
-            await pool.release(connection)
 
 
 # --- the store ----------------------------------------------------------------------------------------
@@ -475,11 +259,9 @@ class HistoryStore:
         window: int = WINDOW,
         failed: Failed = lambda _: None,
     ) -> None:
-        if redis.connection_pool.connection_kwargs.get("redis_connect_func") is not _greet:
-            raise ValueError("the Redis client of a HistoryStore must come from create_redis")
         self.engine, self.ttl, self.empty_ttl, self.window = engine, ttl, empty_ttl, window
         self.failed = failed
-        self._line = _Line(redis, failed)
+        self._line = RedisLine(redis, failed)
         self._readers = asyncio.Semaphore(READERS)
         self._rebuilds: dict[bytes, asyncio.Task[_Entry]] = {}  # by marker
         self._dirty: dict[str, None] = {}  # users whose entry may lack an event that was acknowledged here
@@ -492,7 +274,7 @@ class HistoryStore:
         source: Literal["cache", "log"] = "cache"
         try:
             entry, marker = await self._cached(user_id, policy)
-        except _RedisDown:
+        except RedisDown:
             return (await self._logged(user_id, policy, as_of)).history("log")
         if entry is None:
             entry, source = await self._rebuilt(user_id, policy, marker), "log"
@@ -529,37 +311,36 @@ class HistoryStore:
     async def drop_all(self) -> bool:
         """Drop all entries of all users, whatever their epoch: the log was replaced. True if Redis took all of it."""
         try:
-            async for key in self._line.redis.scan_iter(match="upnext:????????:{*", count=1_000):
-                await self._line.redis.delete(key)
-        except (RedisError, OSError) as error:
-            log.warning("the cached histories cannot be dropped now: %r", error)
+            await self._line.drop_all()
+        except RedisDown as error:
+            log.warning("the cached histories cannot be dropped now: %s", error)
             return False
         return True
 
     async def ping(self) -> bool:
         """Whether Redis is usable right now."""
         try:
-            await self._line.ask([_Command("", ("EXISTS",))])
-        except _RedisDown:
+            await self._line.ping()
+        except RedisDown:
             return False
         return True
 
-    async def _change(self, users: Iterable[str], commands: Sequence[_Command], drop: Iterable[str]) -> bool:
+    async def _change(self, users: Iterable[str], commands: Sequence[Command], drop: Iterable[str]) -> bool:
         """Run `commands`, and drop the entries of `drop`; unless all of it is known to have run, `users` are dirty."""
         try:
-            await self._line.ask([*commands, *(_Command(user_id, ("DEL",)) for user_id in drop)])
+            await self._line.ask([*commands, *(Command(user_id, ("DEL",)) for user_id in drop)])
         except BaseException as error:
             self._dirty.update(dict.fromkeys(users))
             for user_id in list(islice(self._dirty, max(0, len(self._dirty) - MAX_DIRTY))):
                 del self._dirty[user_id]  # the sweep of the outbox will come by
-            if isinstance(error, _RedisDown):
+            if isinstance(error, RedisDown):
                 return False
             raise
         for user_id in drop:
             self._dirty.pop(user_id, None)
         return True
 
-    def _append(self, user_id: str, rows: Iterable[StoredEvent], policy: HistoryPolicy) -> _Command:
+    def _append(self, user_id: str, rows: Iterable[StoredEvent], policy: HistoryPolicy) -> Command:
         """One script call. A user whose events touch nothing gets one too: it drops an entry of another policy."""
         newest, records, feeds = BEGINNING, [], []
         for event in sorted(rows, key=lambda e: (e.timestamp, e.seq)):
@@ -570,13 +351,13 @@ class HistoryStore:
                 records.append(_PACK.pack(event.timestamp, event.seq * 2 + seen, item_key(event.item_id)))
                 feeds.append("1" if feeding else "0")
         how = (_fingerprint(policy), self.window, self.ttl, int(policy.collapse_repeats))
-        return _script(APPEND, user_id, *how, newest, b"".join(records), "".join(feeds))
+        return script(APPEND, user_id, *how, newest, b"".join(records), "".join(feeds))
 
     async def _cached(self, user_id: str, policy: HistoryPolicy) -> tuple[_Entry | None, bytes | None]:
-        """The complete entry of this policy, else the marker that stands there. Raises _RedisDown."""
+        """The complete entry of this policy, else the marker that stands there. Raises RedisDown."""
         if user_id in self._dirty and not await self.drop([user_id]):
-            raise _RedisDown("the entry may lack an event")
-        [(meta, window, others, marker)] = await self._line.ask([_Command(user_id, ("HMGET",), ("m", "w", "s", "t"))])
+            raise RedisDown("the entry may lack an event")
+        [(meta, window, others, marker)] = await self._line.ask([Command(user_id, ("HMGET",), ("m", "w", "s", "t"))])
         if meta is None or not meta.startswith(_fingerprint(policy)):
             return None, marker
         return _Entry.decode(meta, window, others), None
@@ -605,15 +386,15 @@ class HistoryStore:
 
     async def _rebuild(self, user_id: str, policy: HistoryPolicy, mine: bytes) -> _Entry:
         fingerprint, holder = _fingerprint(policy), b""
-        with suppress(_RedisDown):
-            [holder] = await self._line.ask([_script(CLAIM, user_id, fingerprint, mine, MARKER_MILLISECONDS)])
+        with suppress(RedisDown):
+            [holder] = await self._line.ask([script(CLAIM, user_id, fingerprint, mine, MARKER_MILLISECONDS)])
         if holder not in (mine, b""):
             return await self._rebuilt(user_id, policy, holder)
         entry = await self._logged(user_id, policy)
         if holder == mine:
             ttl = self.empty_ttl if entry.newest == BEGINNING else self.ttl
-            with suppress(_RedisDown):
-                await self._line.ask([_script(COMPLETE, user_id, mine, *entry.encode(fingerprint), ttl)])
+            with suppress(RedisDown):
+                await self._line.ask([script(COMPLETE, user_id, mine, *entry.encode(fingerprint), ttl)])
         return entry
 
     async def _logged(

@@ -581,8 +581,8 @@ async def test_an_event_sent_over_a_stale_socket_is_not_lost(
 async def test_a_master_that_comes_back_after_two_failovers_does_not_find_its_old_entries(
     sqlite_engine: AsyncEngine, redis_of_test: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.history.GREETING_SECONDS", 0.0)
-    monkeypatch.setattr("service.history.PAUSE", 0.0)
+    monkeypatch.setattr("service.redis_line.GREETING_SECONDS", 0.0)
+    monkeypatch.setattr("service.redis_line.PAUSE", 0.0)
     async with store_on(redis_of_test.url, sqlite_engine) as histories:
         log = EventLog(sqlite_engine, histories)
         await log.append([event("a")], POLICY, NOW)
@@ -601,7 +601,7 @@ async def test_a_master_that_comes_back_after_two_failovers_does_not_find_its_ol
 async def test_a_master_that_turns_read_only_is_left(
     sqlite_engine: AsyncEngine, redis_of_test: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.history.PAUSE", 0.0)
+    monkeypatch.setattr("service.redis_line.PAUSE", 0.0)
     async with store_on(redis_of_test.url, sqlite_engine) as histories:
         log = EventLog(sqlite_engine, histories)
         await log.append([event("a")], POLICY, NOW)

@@ -363,7 +363,7 @@ async def _dies(*_: Any) -> bool:
 async def test_while_redis_is_down_events_are_accepted_and_repaired_later(
     sqlite_engine: AsyncEngine, redis_of_test: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.history.PAUSE", 0.0)
+    monkeypatch.setattr("service.redis_line.PAUSE", 0.0)
     client, other_client = (create_redis(redis_of_test.url, timeout=0.5) for _ in range(2))
     histories, others = (HistoryStore(c, sqlite_engine) for c in (client, other_client))  # two workers
     log = EventLog(sqlite_engine, histories)
