@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 FIRST_RETRY: Final = 5.0
 LAST_RETRY: Final = 300.0
 """Seconds before a bundle that could not be loaded is tried again; doubled each time."""
+_LIBC: Final = ctypes.CDLL(None)
 HOW_TO_PUBLISH = "train and publish one: python -m trainer run"
 
 
@@ -311,6 +312,7 @@ def _uncollected() -> Iterator[None]:
     It would look through all items again and again, each time holding up every request: 0.1 s for the application
     alone, and longer with every item. None of them is in a cycle, so they go when the bundle goes.
     """
+    gc.collect()  # of little: what was there before is frozen. Garbage that is frozen with the rest would stay for good
     gc.disable()
     try:
         yield
@@ -321,8 +323,8 @@ def _uncollected() -> Iterator[None]:
 
 def _trim() -> None:
     """Give freed memory back to the system, where the C library is glibc."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 def _warm(serving: Serving) -> None:

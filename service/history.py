@@ -42,7 +42,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service import redis_line
-from service.redis_line import Command, Failed, RedisDown, RedisLine, script
+from service.redis_cluster import ClusterLines, RedisCluster
+from service.redis_line import Command, Failed, Greeting, RedisDown, RedisLine, script
 from shared.database import events
 from shared.events import Events, HistoryPolicy, IntArray, KeyArray, history_of, item_key, item_keys
 from shared.times import BEGINNING
@@ -231,7 +232,12 @@ class _Entry:
 
 def create_redis(url: str, *, timeout: float = 0.05) -> Redis:
     """A client for `HistoryStore`; see `service.redis_line.create_redis`."""
-    return redis_line.create_redis(url, SCRIPTS, timeout=timeout)
+    return redis_line.create_redis(url, Greeting(SCRIPTS), timeout=timeout)
+
+
+def create_cluster(url: str, *, timeout: float = 0.05) -> RedisCluster:
+    """Clients for `HistoryStore`: `redis+cluster://host:port,host:port`, `rediss+cluster://`. Raises ValueError."""
+    return RedisCluster(url, SCRIPTS, timeout=timeout)
 
 
 @lru_cache(maxsize=16)
@@ -243,7 +249,7 @@ def _fingerprint(policy: HistoryPolicy) -> bytes:
 
 
 class HistoryStore:
-    """Histories from Redis, completed from the log. `redis` must come from `create_redis`.
+    """Histories from Redis, completed from the log. `redis` must come from `create_redis` or `create_cluster`.
 
     `ttl` and `empty_ttl` (seconds) are the lives of an entry since its last event, and of the entry of a user
     without events. `failed` is told of each call to Redis or the database that failed.
@@ -251,7 +257,7 @@ class HistoryStore:
 
     def __init__(
         self,
-        redis: Redis,
+        redis: Redis | RedisCluster,
         engine: AsyncEngine,
         *,
         ttl: int = 7 * 86_400,
@@ -259,9 +265,9 @@ class HistoryStore:
         window: int = WINDOW,
         failed: Failed = lambda _: None,
     ) -> None:
-        self.engine, self.ttl, self.empty_ttl, self.window = engine, ttl, empty_ttl, window
+        self.redis, self.engine, self.ttl, self.empty_ttl, self.window = redis, engine, ttl, empty_ttl, window
         self.failed = failed
-        self._line = RedisLine(redis, failed)
+        self._line = RedisLine(redis, failed) if isinstance(redis, Redis) else ClusterLines(redis, failed)
         self._readers = asyncio.Semaphore(READERS)
         self._rebuilds: dict[bytes, asyncio.Task[_Entry]] = {}  # by marker
         self._dirty: dict[str, None] = {}  # users whose entry may lack an event that was acknowledged here

@@ -20,13 +20,14 @@ from service.bundles import Live
 from service.catalogue import LiveCatalogue
 from service.direct import Direct
 from service.erasure import Eraser
-from service.history import HistoryStore, create_redis
+from service.history import HistoryStore, create_cluster, create_redis
 from service.ingest import EventLog
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.overload import Bound, InFlight
 from service.rates import RateLimit, parse_rate
 from service.recommend import Recommender
+from service.redis_cluster import is_cluster
 from service.routes import events, items, operations, recommend, users
 from service.routes.dependencies import Services
 from service.settings import Settings
@@ -118,7 +119,8 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         await stack.enter_async_context(metrics.flushing())
         engine = create_engine(settings.database_url, pool_size=CONNECTIONS, max_overflow=0, pool_timeout=POOL_SECONDS)
         stack.push_async_callback(engine.dispose)
-        redis = create_redis(settings.redis_url)
+        create = create_cluster if is_cluster(settings.redis_url) else create_redis
+        redis = create(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         histories = HistoryStore(redis, engine, failed=lambda which: metrics.count(metrics.dependency_failures, which))
         log = await stack.enter_async_context(EventLog(engine, histories))

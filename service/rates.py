@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import Final
+from typing import Any, Final
 
 from limits import RateLimitItem, parse
-from limits.aio.storage import RedisStorage
+from limits.aio.storage import RedisClusterStorage, RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from service.errors import RateLimited
+from service.redis_cluster import is_cluster, nodes_of, url_of
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +39,7 @@ class RateLimit:
 
     def __init__(self, rate: RateLimitItem, redis_url: str, *, timeout: float = 0.05) -> None:
         self.rate = rate
-        self._redis = Redis.from_url(
-            redis_url,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-            driver_info=None,
-            client_name="upnext-rates",
-        )
-        pool: object = self._redis.connection_pool
-        storage = RedisStorage("async+redis://", implementation="redispy", key_prefix="upnext:rate",
-                               connection_pool=pool)  # type: ignore[arg-type]  # fmt: skip
+        self._redis, storage = _clients(redis_url, timeout)
         self._windows = FixedWindowRateLimiter(storage)
         self._used_up: dict[str, float] = {}  # caller -> when the window ends, of time.time
         self._paused_until = 0.0
@@ -79,3 +70,26 @@ class RateLimit:
     async def aclose(self) -> None:
         """Close the connections."""
         await self._redis.aclose()
+
+
+def _clients(url: str, timeout: float) -> tuple[Redis | RedisCluster, RedisStorage]:
+    """The client that is to be closed in the end, and the library's storage on it."""
+    options: dict[str, Any] = {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "protocol": 2,
+        "driver_info": None,
+        "client_name": "upnext-rates",
+    }
+    how: dict[str, Any] = {"implementation": "redispy", "key_prefix": "upnext:rate"}
+    if not is_cluster(url):
+        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options)
+        return client, RedisStorage("async+redis://", **how, connection_pool=client.connection_pool)  # type: ignore[arg-type]
+    nodes = nodes_of(url)
+    login = {**parse_url(url_of(url, nodes[0]))}
+    secure = login.pop("connection_class", None) is SSLConnection
+    options |= {name: value for name, value in login.items() if name not in ("host", "port")} | {"ssl": secure}
+    places = ",".join(f"{host}:{port}" for host, port in nodes)
+    options["retry"] = Retry(NoBackoff(), 1)  # the map of slots is read anew before a second try
+    storage = RedisClusterStorage(f"async+redis+cluster://{places}", **how, **options)
+    return storage.bridge.storage, storage  # type: ignore[attr-defined]

@@ -66,30 +66,15 @@ def _sha(text: str) -> str:
 
 
 def key_of(epoch: str, user_id: str) -> str:
-    """The name of a user's key. What stands in the braces alone decides where in a cluster it lies, never the epoch."""
-    return f"upnext:{epoch}:{{{user_id}}}"
+    """The name of a user's key, whose place in a cluster the user id alone decides: what stands in the first braces.
+
+    Empty braces would not count, and the epoch would decide with the rest.
+    """
+    return f"upnext:{epoch}:{{{user_id}}}" if not user_id.startswith("}") else f"upnext:{epoch}:-{{0}}{user_id}"
 
 
 ANY_KEY: Final = "upnext:????????:*"
 """A pattern of all names."""
-
-
-def create_redis(url: str, scripts: Sequence[str], *, timeout: float) -> Redis:
-    """A client for `RedisLine`: `redis://`, `rediss://` or `unix://`. Connects on first use.
-
-    It gives up after `timeout` seconds without an answer and 250 ms without a connection, and retries nothing by
-    itself: a command made for one server must not reach another. Raises ValueError for another kind of URL.
-    """
-    return Redis.from_url(
-        url,
-        socket_timeout=timeout,
-        socket_connect_timeout=0.25,
-        retry=Retry(NoBackoff(), 0),
-        protocol=2,
-        driver_info=None,
-        client_name="upnext-history",
-        redis_connect_func=Greeting(tuple(scripts)).greet,
-    )
 
 
 @dataclass(frozen=True)
@@ -127,6 +112,24 @@ class Greeting:
         if facts.get(b"role") != b"master":
             raise RedisConnectionError(f"the Redis server is {facts.get(b'role', b'?').decode()}, not master")
         return hashlib.blake2b(b"".join(facts[name] for name in self.life), digest_size=4).hexdigest()
+
+
+def create_redis(url: str, greeting: Greeting, *, timeout: float) -> Redis:
+    """A client for `RedisLine`: `redis://`, `rediss://` or `unix://`. Connects on first use.
+
+    It gives up after `timeout` seconds without an answer and 250 ms without a connection, and retries nothing by
+    itself: a command made for one server must not reach another. Raises ValueError for another kind of URL.
+    """
+    return Redis.from_url(
+        url,
+        socket_timeout=timeout,
+        socket_connect_timeout=0.25,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+        driver_info=None,
+        client_name="upnext-history",
+        redis_connect_func=greeting.greet,
+    )
 
 
 async def _talk(connection: AbstractConnection, commands: Sequence[tuple[str | int | bytes, ...]]) -> list[Any]:
@@ -191,9 +194,10 @@ class RedisLine:
         self.running: asyncio.Task[None] | None = None
         self.failed = False
         self.paused_until = 0.0
+        self.doubted = 0.0  # when something was seen that may be the end of an epoch, on the event loop's clock
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies, in order. Raises RedisDown when Redis did not take all commands."""
+        """The replies, in order. Raises RedisDown when Redis did not take all commands; they may have run or not."""
         loop = asyncio.get_running_loop()
         if self.failed and (self.running is not None or loop.time() < self.paused_until):
             raise RedisDown("Redis failed a moment ago")  # after a failure one caller at a time tries again
@@ -251,7 +255,7 @@ class RedisLine:
             packed = [(*c.before, key_of(epoch, c.user_id), *c.after) for c in commands]
             now, who = asyncio.get_running_loop().time(), self.greeting.who
             async with _one_limit(connection, len(packed)):
-                if now - getattr(connection, _GREETED) < GREETING_SECONDS:
+                if getattr(connection, _GREETED) > max(now - GREETING_SECONDS, self.doubted):
                     return await _talk(connection, packed)
                 replies = await _talk(connection, [*who, *packed])
             if self.greeting.epoch(replies[: len(who)]) != epoch:
@@ -266,7 +270,7 @@ class RedisLine:
 
     async def ping(self) -> None:
         """Raises RedisDown unless Redis is usable right now."""
-        await self.ask([Command("", ("EXISTS",))])
+        await self.ask([Command("", ("ECHO",))])  # a key that no slot of a cluster counts for
 
     async def drop_all(self) -> None:
         """Delete all keys of all users, whatever their epoch. Raises RedisDown."""

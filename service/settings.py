@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from redis.asyncio.connection import parse_url
 
 from service.rates import parse_rate
+from service.redis_cluster import is_cluster, nodes_of, url_of
 from shared.retrieval import Mode
 
 PREFIX = "UPNEXT_"
@@ -29,7 +31,8 @@ class Settings(BaseSettings):
     )
     redis_url: str | None = Field(
         None,
-        description="History cache: `redis://host:6379`. Unset, `python -m service` starts a Redis of its own.",
+        description="History cache: `redis://host:6379`, or nodes of a cluster, `redis+cluster://host:6379,host:6379`. "
+        "Unset, `python -m service` starts a Redis of its own.",
     )
     api_keys_file: Path | None = Field(
         None, description="File with a line for each API key, made by `python -m service key`; followed as it changes."
@@ -73,6 +76,13 @@ class Settings(BaseSettings):
     @classmethod
     def _names(cls, value: object) -> object:
         return [name for part in value.split(",") if (name := part.strip())] if isinstance(value, str) else value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _readable_url(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_url(url_of(value, nodes_of(value)[0]) if is_cluster(value) else value)
+        return value
 
     @field_validator("rate_limit")
     @classmethod

@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,11 +53,12 @@ def redis_binary() -> str:
 class RedisServer:
     """A redis-server without persistence on a unix socket. `start` on a folder with a dump.rdb loads it.
 
-    With `cluster` it is a cluster of one, which serves all slots and refuses commands on keys of several.
+    With `cluster` it is a cluster of one, which serves all slots and refuses commands on keys of several; with
+    `port` a node that `RedisNodes` makes part of a cluster.
     """
 
-    def __init__(self, *, cluster: bool = False) -> None:
-        self.cluster = cluster
+    def __init__(self, *, cluster: bool = False, port: int | None = None) -> None:
+        self.cluster, self.port = cluster, port
         self.binary = redis_binary()
         self.folder = Path(tempfile.mkdtemp(prefix="upnext-redis-"))  # short: a socket's path has 107 bytes at most
         self.socket = self.folder / "socket"
@@ -81,8 +83,10 @@ class RedisServer:
             "port": "0", "unixsocket": str(self.socket), "dir": str(self.folder), "save": "", "appendonly": "no",
             "loglevel": "warning",
         }  # fmt: skip
-        if self.cluster:
-            settings |= {"cluster-enabled": "yes", "port": str(_port_of_cluster())}
+        if self.cluster or self.port is not None:
+            settings |= {"cluster-enabled": "yes", "port": str(self.port or _port_of_cluster())}
+        if self.port is not None:
+            settings |= {"bind": "127.0.0.1", "cluster-node-timeout": "1000"}
         command = [self.binary, *(part for name, value in settings.items() for part in (f"--{name}", value))]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
@@ -133,6 +137,74 @@ class RedisServer:
 
         with redis.Redis(unix_socket_path=str(self.socket), decode_responses=True) as client:
             return [str(key) for key in client.scan_iter()]
+
+
+class RedisNodes:
+    """A Redis Cluster on TCP ports: three masters that share the slots, with as many `replicas` each."""
+
+    def __init__(self, replicas: int = 0) -> None:
+        self.nodes = [RedisServer(port=_port_of_cluster()) for _ in range(3 * (1 + replicas))]
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for node in self.nodes:
+                stack.enter_context(node)
+            masters, followers = self.nodes[:3], self.nodes[3:]
+            for number, node in enumerate(masters):
+                node.cli("CLUSTER", "ADDSLOTS", *map(str, range(number, 16_384, 3)))
+            for node in self.nodes[1:]:
+                node.cli("CLUSTER", "MEET", "127.0.0.1", str(masters[0].port))
+            self._until(lambda node: f"cluster_known_nodes:{len(self.nodes)}" in node.cli("CLUSTER", "INFO"))
+            for number, node in enumerate(followers):
+                node.cli("CLUSTER", "REPLICATE", masters[number % 3].cli("CLUSTER", "MYID"))
+            self.settle()
+            self._until(lambda node: node in masters or "master_link_status:up" in node.cli("INFO", "replication"))
+            self._closing = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def settle(self) -> None:
+        """Wait until every node finds that all slots are served."""
+        self._until(lambda node: "cluster_state:ok" in node.cli("CLUSTER", "INFO"))
+
+    def _until(self, holds: Callable[[RedisServer], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not all(holds(node) for node in self.nodes):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the cluster does not come together")
+            time.sleep(0.05)
+
+    @property
+    def url(self) -> str:
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def master_of(self, key: str) -> RedisServer:
+        """Who serves a key now, as the first node that runs has it."""
+        asked = next(node for node in self.nodes if node.process is not None)
+        slot = int(asked.cli("CLUSTER", "KEYSLOT", key))
+        for line in asked.cli("CLUSTER", "NODES").splitlines():
+            parts = line.split()
+            spans = (part.split("-") for part in parts[8:] if not part.startswith("["))
+            if "master" in parts[2] and any(int(span[0]) <= slot <= int(span[-1]) for span in spans):
+                port = int(parts[1].split("@")[0].split(":")[1])
+                return next(node for node in self.nodes if node.port == port)
+        raise LookupError(f"nobody serves slot {slot}")
+
+    def move(self, key: str, to: RedisServer) -> None:
+        """Make another master serve the slot of a key, with what is in it, as resharding does."""
+        source = self.master_of(key)
+        slot, target = source.cli("CLUSTER", "KEYSLOT", key), to.cli("CLUSTER", "MYID")
+        to.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", source.cli("CLUSTER", "MYID"))
+        source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", target)
+        for name in source.keys():  # noqa: SIM118 - a method of ours
+            if source.cli("CLUSTER", "KEYSLOT", name) == slot:
+                source.cli("MIGRATE", "127.0.0.1", str(to.port), name, "0", "5000")
+        for node in (to, source, *self.nodes):
+            node.cli("CLUSTER", "SETSLOT", slot, "NODE", target)
 
 
 class PostgresServer:

@@ -91,7 +91,7 @@ async def test_the_restored_log_goes_on(filled: AsyncEngine, target: AsyncEngine
     async with filled.begin() as connection:
         last = (await connection.execute(select(events.c.seq).order_by(events.c.seq.desc()).limit(1))).scalar_one()
     await restore(url_of(target), tmp_path / "b", silent)
-    store = HistoryStore(histories._line.redis, target)
+    store = HistoryStore(histories.redis, target)
     log = EventLog(target, store)
     assert (await cached(store, "later"))[0] == "cache"  # of the log that was there before
     assert await log.settle() == 1

@@ -293,7 +293,7 @@ async def test_redis_away_then_back(engine: AsyncEngine, redis_of_test: RedisSer
     assert await sweep(EventLog(engine, other)) >= 1
     assert await cached(other) == ("log", [])
     await redis.aclose()
-    await other._line.redis.aclose()
+    await other.redis.aclose()
 
 
 async def test_the_database_away(sqlite_engine: AsyncEngine, redis: Redis) -> None:

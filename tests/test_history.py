@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.history import READERS, WINDOW, HistoryStore, HistoryUnavailable, StoredEvent, UserHistory, create_redis
 from service.ingest import EventLog, NewEvent
+from service.redis_line import RedisLine
 from shared.database import create_engine
 from shared.database import events as events_table
 from shared.events import Events, HistoryPolicy, history_of, item_key, item_keys
@@ -676,6 +677,7 @@ async def test_an_entry_that_missed_an_event_is_dropped_for_other_workers_too(
     async with store_on(redis_of_test.url, sqlite_engine) as mine, store_on(redis_of_test.url, sqlite_engine) as other:
         await EventLog(sqlite_engine, mine).append([event("a")], POLICY, NOW)
         await other.read("u", POLICY)
+        assert isinstance(mine._line, RedisLine)
         mine._line.failed, mine._line.paused_until = True, float("inf")  # as after a timeout a moment ago
         await EventLog(sqlite_engine, mine).append([event("b", 1)], POLICY, NOW)
         mine._line.failed = False

@@ -1,0 +1,197 @@
+"""A service under mixed load for an hour: whether its memory grows.
+
+    python -m tests.benchmarks.soak [--minutes 60] [--rate 300] [--database sqlite|postgresql] [--workers 2]
+
+wrk sends a steady mix of everything that the interface has: histories from the cache, users that nobody knows, events,
+batches, brought histories, filters, similar items, catalogue changes, erasures, and requests that are refused. Every
+CYCLE seconds another bundle goes live, and Redis is killed and comes back empty. Memory is the proportional set size
+of all workers, by its mean over each cycle, so that swaps and the load's own waves fall out; the first WARM minutes do
+not count. Reported: the slope of a line through those means, with the upper end of its 95 % interval (t), what the
+memory was made of at both ends, and answers that were none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from scipy.stats import t as student
+
+from shared.bundle import current_version, point_current
+from tests.benchmarks import running
+from tests.benchmarks.bundles import random_bundle
+from tests.benchmarks.stack import Stack, machine, stack
+from tests.benchmarks.swap import pss_mb
+
+ITEMS: Final = 3_700
+LENGTHS: Final = (10, 50, 200)
+CONNECTIONS: Final = 16
+WARM: Final = 10
+"""Minutes until every path was taken often enough that allocators and caches have what they keep."""
+CYCLE: Final = 240
+"""Seconds."""
+SAMPLE: Final = 5
+# Of a hundred requests. An unknown user is a new one each time, and so is each user of some of the events.
+SCRIPT: Final = """
+local n, post = 0, {["Content-Type"] = "application/json"}
+local lengths, seen = {10, 50, 200}, {}
+local function user() return "h" .. lengths[n %% 3 + 1] .. "-" .. math.random(0, %(users)d - 1) end
+local function item() return math.random(1, %(items)d) end
+local function event(id)
+  return string.format('{"user_id":"%%s","item_id":"%%d","event_type":"view"}', id, item())
+end
+function delay() return %(delay)f end
+function request()
+  n = n + 1
+  local kind = math.random(1, 100)
+  if kind <= 48 then return wrk.format("GET", "/recommend/" .. user()) end
+  if kind <= 53 then return wrk.format("GET", "/recommend/nobody-" .. n) end
+  if kind <= 58 then return wrk.format("GET", "/recommend/" .. user() .. "?filter=tenth:" .. n %% 10 .. "&n=100") end
+  if kind <= 70 then return wrk.format("POST", "/events", post, event(user())) end
+  if kind <= 73 then return wrk.format("POST", "/events", post, event("new-" .. n)) end
+  if kind <= 76 then
+    return wrk.format("POST", "/events", post, '{"events":[' .. event(user()) .. "," .. event(user()) .. "]}")
+  end
+  if kind <= 80 then
+    return wrk.format("POST", "/recommend/batch", post,
+      string.format('{"users":["%%s","%%s","%%s","%%s"]}', user(), user(), user(), user()))
+  end
+  if kind <= 85 then
+    return wrk.format("POST", "/recommend", post, string.format('{"history":["%%d","%%d"]}', item(), item()))
+  end
+  if kind <= 88 then return wrk.format("GET", "/items/" .. item() .. "/similar") end
+  if kind <= 90 then return wrk.format("GET", "/users/" .. user() .. "/history") end
+  if kind <= 91 then return wrk.format("GET", "/items?limit=50") end
+  if kind <= 92 then
+    return wrk.format("PUT", "/items/" .. item(), post, string.format('{"title":"Title %%d"}', n))
+  end
+  if kind <= 93 then return wrk.format("DELETE", "/users/new-" .. math.max(n - 100, 0)) end
+  if kind <= 95 then return wrk.format("GET", "/recommend/" .. user() .. "?n=0") end
+  if kind <= 97 then return wrk.format("POST", "/events", post, '{"user_id":') end
+  if kind <= 98 then return wrk.format("GET", "/no-such-route/" .. n) end
+  if kind <= 99 then return wrk.format("GET", "/metrics") end
+  return wrk.format("GET", "/readyz")
+end
+function response(status)
+  if status >= 500 then failed = (failed or 0) + 1 end
+end
+function setup(thread) worker = thread end
+function done(summary, latency)
+  local e = summary.errors
+  local broken = e.connect + e.read + e.write + e.timeout
+  io.write(string.format('JSON {"requests":%%d,"seconds":%%f,"refused":%%d,"failed":%%d,"broken":%%d,',
+    summary.requests, summary.duration / 1e6, e.status, worker:get("failed") or 0, broken))
+  io.write(string.format('"p50":%%f,"p99":%%f}\\n', latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
+end
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line through means of memory. Megabytes a day."""
+
+    slope: float
+    upper: float
+
+
+def line(hours: Sequence[float], megabytes: Sequence[float]) -> Line:
+    """Least squares, and the upper end of the two-sided 95 % interval of the slope; at least 3 points."""
+    x, y = np.asarray(hours) / 24, np.asarray(megabytes)
+    slope, offset = np.polyfit(x, y, 1)
+    left = len(x) - 2
+    error = math.sqrt(float(np.sum((y - slope * x - offset) ** 2)) / left / float(np.sum((x - x.mean()) ** 2)))
+    return Line(float(slope), float(slope + student.ppf(0.975, left) * error))
+
+
+def made_of(pid: int) -> dict[str, float]:
+    """Megabytes of a worker by what they hold, its threads and its open files."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {name: int(value) / 1024 for name, value in (li.split()[:2] for li in rollup)}
+    count = {name: float(len(list(Path(f"/proc/{pid}/{name}").iterdir()))) for name in ("task", "fd")}
+    return {"pss": sizes["Pss:"], "anonymous": sizes["Anonymous:"], "threads": count["task"], "files": count["fd"]}
+
+
+def soak(service: Stack, bundles: Path, minutes: float, rate: int) -> dict[str, Any]:
+    """Load, disturb and watch."""
+    script = service.folder / "soak.lua"
+    script.write_text(SCRIPT % {"delay": 1000 * CONNECTIONS / rate, "users": running.USERS, "items": ITEMS})
+    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{round(minutes * 60)}s", "--timeout", "10s"]
+    asking = subprocess.Popen([*command, "-s", str(script), service.url], stdout=subprocess.PIPE, text=True)
+    workers, started = service.workers(), time.monotonic()
+    cycles: list[list[float]] = [[]]
+    first: list[dict[str, float]] = []
+    done: Counter[str] = Counter()
+    try:
+        while asking.poll() is None:
+            time.sleep(SAMPLE)
+            passed = time.monotonic() - started
+            if asking.poll() is not None:
+                break
+            cycles[-1].append(sum(map(pss_mb, workers)))
+            if not first and passed >= WARM * 60:
+                first = [made_of(pid) for pid in workers]
+            if passed >= CYCLE * len(cycles):
+                print(f"{passed / 60:5.1f} min {np.mean(cycles[-1]):7.1f} MB", file=sys.stderr, flush=True)
+                cycles.append([])
+                done["swaps"] += 1
+                (other,) = {path.name for path in bundles.glob("*-bench")} - {current_version(bundles)}
+                point_current(bundles, other)
+                service.redis.kill()
+                time.sleep(1)
+                service.redis.start()
+                done["kills of Redis"] += 1
+        last = [made_of(pid) for pid in workers]
+    finally:
+        asking.terminate()
+        said = asking.communicate()[0]
+    whole = [(CYCLE * (n + 0.5) / 3600, float(np.mean(seen))) for n, seen in enumerate(cycles[:-1])]
+    settled = [(at, mb) for at, mb in whole if at * 60 - CYCLE / 120 >= WARM]
+    found = line(*zip(*settled, strict=True)) if len(settled) > 2 else Line(math.nan, math.nan)
+    return {
+        **json.loads(next(row[5:] for row in said.splitlines() if row.startswith("JSON "))),
+        **done, "same_workers": service.workers() == workers,
+        "megabytes": [round(mb, 1) for _, mb in whole], "warm": first, "end": last,
+        "slope_mb_a_day": found.slope, "upper_mb_a_day": found.upper,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Measure, print a table and one JSON line; 0 if nothing failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--rate", type=int, default=300, help="requests a second")
+    parser.add_argument("--database", choices=["postgresql", "sqlite"], default="sqlite")
+    parser.add_argument("--workers", type=int, default=2)
+    chosen = parser.parse_args()
+    if shutil.which("wrk") is None:
+        print("wrk is not installed: apt install wrk", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="upnext-bench-") as name:
+        bundles = Path(name) / "bundles"
+        for number in (1, 2):
+            random_bundle(bundles, ITEMS, version=f"2024-06-0{number}T00-00-00Z-bench", seed=number)
+        with stack(chosen.database, workers=chosen.workers, bundles=bundles) as service:
+            running.fill(service.database_url, ITEMS, LENGTHS)
+            found = soak(service, bundles, chosen.minutes, chosen.rate)
+    per_second = found["requests"] / found["seconds"]
+    print(f"{machine()}; {chosen.database}, {chosen.workers} workers, {per_second:.0f} requests/s")
+    for field, value in found.items():
+        print(f"{field:<16}{value}")
+    print(json.dumps({"benchmark": "soak", "machine": machine(), "database": chosen.database} | found))
+    return 1 if found["failed"] or found["broken"] or not found["same_workers"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
