@@ -158,7 +158,7 @@ class RedisNodes:
             for number, node in enumerate(followers):
                 node.cli("CLUSTER", "REPLICATE", masters[number % 3].cli("CLUSTER", "MYID"))
             self.settle()
-            self._until(lambda node: node in masters or "master_link_status:up" in node.cli("INFO", "replication"))
+            self._until(lambda node: node in masters or "'master_link_status': 'up'" in node.cli("INFO", "replication"))
             self._closing = stack.pop_all()
         return self
 

@@ -262,6 +262,26 @@ async def test_keys_that_overlap_in_the_packed_set_are_told_apart(
         assert list((await histories.read("u", POLICY)).seen) == wanted
 
 
+async def test_an_entry_of_200_events_takes_at_most_6_kb(redis: Redis, sqlite_engine: AsyncEngine) -> None:
+    """As Redis counts it, name and overhead included, made by a rebuild and by appending."""
+    histories = HistoryStore(redis, sqlite_engine)
+    log = EventLog(sqlite_engine, histories)
+    for user, ready in (
+        ("0f8fad5b-d9cd-469f-a165-70867728950e", False),
+        ("7c9e6679-7425-40de-944b-e07fc1f90ae7", True),
+    ):
+        if ready:
+            await histories.read(user, POLICY)
+        await log.append([event(f"item-{n}", user_id=user) for n in range(200)], POLICY, NOW)
+        found = await histories.read(user, POLICY)
+        assert (len(found.items), len(found.seen)) == (200, 200)
+        assert (await histories.read(user, POLICY)).source == "cache"
+        [key] = [key async for key in redis.scan_iter(match=f"*{user}*")]
+        size = await redis.memory_usage(key, samples=0)
+        assert size is not None
+        assert size <= 6 * 1024
+
+
 async def test_on_a_redis_in_cluster_mode(sqlite_engine: AsyncEngine) -> None:
     """Every command and script keeps to the keys of one user, whose id alone decides on their slot."""
     with RedisServer(cluster=True) as server:
