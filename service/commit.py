@@ -10,8 +10,12 @@ them again is safe even where the commit went through and only its answer was lo
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import json
+import os
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -28,7 +32,8 @@ from shared import times
 from shared.database import prepare_sqlite
 
 SECONDS: Final = 5.0
-"""A PostgreSQL that takes longer for one transaction is taken for one that does not answer."""
+"""A PostgreSQL that takes longer for one transaction is taken for one that does not answer; on SQLite, how long a
+worker waits for its turn."""
 _CHUNK: Final = 500
 """Rows in one statement on SQLite, which takes some 32,000 parameters."""
 _PASSING: Final = ("40P01", "40001")  # PostgreSQL: deadlock detected, serialization failure
@@ -202,6 +207,56 @@ def _ask_sqlite(connection: sqlite3.Connection, question: Question, values: list
     return connection.execute(query, (json.dumps(values),) if "?" in query else ()).fetchall()
 
 
+class Turn:
+    """The turn among processes that write to one SQLite file: whoever came first goes first.
+
+    SQLite has those who wait look again after ever longer pauses, while who has just written goes on at once: two
+    workers under load would keep each other waiting for seconds. Here the first in line holds its place (byte 0 of a
+    file of locks) until it has the turn (byte 1), and who has written joins the line behind it. Others than workers
+    need not take a turn: the file itself has the last word.
+    """
+
+    PAUSE: Final = 0.0005
+    """Seconds between two looks: little beside a commit. A system call that waits could not be given up."""
+
+    def __init__(self, database: str) -> None:
+        self._file = os.open(f"{database}-turn", os.O_RDWR | os.O_CREAT, 0o644)
+
+    @contextmanager
+    def taken(self, seconds: float) -> Iterator[None]:
+        """Hold the turn while the block runs. Raises TimeoutError after so many seconds in line."""
+        deadline = time.monotonic() + seconds
+        self._lock(0, deadline)
+        try:
+            self._lock(1, deadline)
+        finally:
+            self._unlock(0)
+        try:
+            yield
+        finally:
+            self._unlock(1)
+
+    def _lock(self, byte: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                if time.monotonic() > deadline:
+                    raise TimeoutError("others write to the database all the time") from error
+            else:
+                return
+            time.sleep(self.PAUSE)
+
+    def _unlock(self, byte: int) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, byte)
+
+    def close(self) -> None:
+        """Close the file, which is kept."""
+        os.close(self._file)
+
+
 class SqliteWriter:
     """Runs each transaction in one go on a thread of its own: other processes wait for the file meanwhile."""
 
@@ -210,6 +265,7 @@ class SqliteWriter:
         self._refusals = Refusals()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._connection: sqlite3.Connection | None = None
+        self._turn: Turn | None = None
         event.listen(engine.sync_engine, "engine_disposed", lambda _: self._thread.submit(self._close).result())
 
     async def write(self, rows: Sequence[Row], judge: Judge) -> Log:
@@ -258,10 +314,12 @@ class SqliteWriter:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
             connection = self._connection = self._connection or self._connect()
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
-        except sqlite3.Error as error:
+            self._turn = self._turn or Turn(str(self.engine.url.database))
+            with self._turn.taken(SECONDS):
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+        except (sqlite3.Error, OSError) as error:
             self._close()  # which rolls back; the next transaction starts anew, whatever this one has come to
             if isinstance(error, sqlite3.IntegrityError | sqlite3.DataError):
                 raise
@@ -280,6 +338,9 @@ class SqliteWriter:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        if self._turn is not None:
+            self._turn.close()
+            self._turn = None
 
 
 @lru_cache(maxsize=_CHUNK)

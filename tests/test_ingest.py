@@ -271,6 +271,7 @@ async def test_a_log_that_does_not_answer_is_given_up_on(
     with pytest.raises(LogUnavailable) as waiting:
         await second
     assert (begun.value.perhaps_written, waiting.value.perhaps_written) == (True, False)
+    monkeypatch.undo()
     go_on.set()
     assert (await event_log.append([event("a", "e1")], POLICY, NOW))[0].status == "duplicate"
     assert [e.event_id for e in await event_log.history("u", 9)] == ["e1"]  # e2 was said to be nowhere, and is
