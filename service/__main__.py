@@ -26,6 +26,8 @@ import orjson
 import uvicorn
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
 
 from service.keys import KeyRing, KeysError, Scope, new_key
 from service.redis_child import RedisMissing, start_redis
@@ -218,11 +220,11 @@ def greet(settings: Settings) -> None:
 
 
 def serve(settings: Settings) -> None:
-    """The workers; returns when they have stopped."""
+    """The workers; returns when they have stopped. Exits with an error when one cannot start."""
     from service.telemetry import logging_config  # noqa: PLC0415 - after PROMETHEUS_MULTIPROC_DIR is set
 
     alone = settings.workers == 1
-    uvicorn.run(
+    config = uvicorn.Config(
         "service.worker:create_app",
         factory=True,
         host=settings.host,
@@ -236,6 +238,17 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=settings.drain_seconds,
         timeout_worker_healthcheck=HUNG_SECONDS,
     )
+    # As uvicorn.run does it, which does not tell when a worker could not start.
+    if alone:
+        server = uvicorn.Server(config)
+        server.run()
+        failed = not server.started
+    else:
+        supervisor = Multiprocess(config, sockets=[config.bind_socket()])
+        supervisor.run()
+        failed = any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes)
+    if failed:
+        sys.exit(STARTUP_FAILURE)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a worker process is beyond the application: it stops when its launcher is gone.
+"""What a worker process is beyond the application: it stops when its launcher is gone, and says when it cannot start.
 
 A launcher that is killed with -9 stops nobody. Its workers would go on, hold the port against the next launcher, and
-nobody would replace them when they die.
+nobody would replace them when they die. A worker that dies of an error in what it is made of would die of it again: the
+launcher stops instead of starting it for ever.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from multiprocessing.process import BaseProcess
 from typing import Final
 
 from fastapi import FastAPI
+from uvicorn.config import STARTUP_FAILURE
 
-from service import main
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,13 @@ def create_app() -> FastAPI:
     if launcher is not None:  # a single worker has no process of its own: it is the launcher
         wait = threading.Thread(target=_outlive, args=(launcher, settings.drain_seconds), daemon=True)
         wait.start()
-    return main.create_app(settings)
+    try:
+        from service import main  # noqa: PLC0415 - an import that fails is such an error, too
+
+        return main.create_app(settings)
+    except Exception:
+        log.exception("this worker cannot start")
+        sys.exit(STARTUP_FAILURE)
 
 
 def _outlive(launcher: BaseProcess, drain_seconds: int) -> None:

@@ -327,6 +327,32 @@ def test_a_worker_that_hangs_keeps_nobody_waiting_and_is_replaced(folder: Path) 
         assert sum(map(answers_or_ends, idle)) == shares[1]
 
 
+BROKEN = """
+import sys
+sys.modules["service.recommend"] = None  # whoever imports it, and only workers do, gets an ImportError
+"""
+
+
+@fault("A worker cannot start")
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_cannot_start_ends_the_launcher_with_an_error(folder: Path, workers: int) -> None:
+    """Not a loop of starts: whoever runs the service must see it."""
+    (folder / "sitecustomize.py").write_text(BROKEN)
+    done = subprocess.run(
+        command(),
+        cwd=folder,
+        env=environment(folder, port=free_port(), workers=workers) | {"PYTHONPATH": f"{folder}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0, done.stderr
+    assert "this worker cannot start" in done.stderr
+    assert "service.recommend" in done.stderr
+
+
 @fault("The database cannot be reached at the start")
 @pytest.mark.slow
 def test_starts_without_its_database_and_serves_when_it_comes(folder: Path, postgresql: PostgresServer) -> None:
