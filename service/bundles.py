@@ -10,13 +10,11 @@ being replaced, so a request that took hold of a `Serving` keeps one numbering t
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from heapq import nsmallest
 from math import inf
@@ -30,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.catalogue import CatalogueUnavailable, LiveCatalogue
 from service.errors import CatalogueDown, NoBundle, UnknownModel
+from service.memory import trim, uncollected
 from service.metrics import Metrics
 from service.settings import Settings
 from shared.bundle import CURRENT, Bundle, BundleError, Model, current_version
@@ -46,7 +45,6 @@ log = logging.getLogger(__name__)
 FIRST_RETRY: Final = 5.0
 LAST_RETRY: Final = 300.0
 """Seconds before a bundle that could not be loaded is tried again; doubled each time."""
-_LIBC: Final = ctypes.CDLL(None)
 HOW_TO_PUBLISH = "train and publish one: python -m trainer run"
 
 
@@ -284,7 +282,7 @@ class Live:
         self.metrics.bundle_loaded.set(time.time())
         log.info("bundle is live", extra={"fields": {"version": version}})
         if len(self._former):  # the allocator keeps what the old one and the loading took, unless told
-            await asyncio.to_thread(_trim)
+            await asyncio.to_thread(trim)
 
     def _failed(self, attempted: str, error: Exception) -> None:
         reason, known = str(error) or type(error).__name__, self.bundle_failure
@@ -295,7 +293,7 @@ class Live:
 
 
 def _load(path: Path, settings: Settings, changes: Mapping[ItemId, ItemChange]) -> Serving:
-    with _uncollected():
+    with uncollected():
         serving = Serving(Bundle.load(path, settings.retrieval), changes.values())
         if serving.bundle.version != path.name:
             raise BundleError(f"{path}: the manifest says it is version {serving.bundle.version!r}")
@@ -303,28 +301,6 @@ def _load(path: Path, settings: Settings, changes: Mapping[ItemId, ItemChange]) 
             raise BundleError(f"{path}: lacks {', '.join(lacking)}, which UPNEXT_REQUIRED_MODELS asks for")
         _warm(serving)
         return serving
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the collector of garbage away from what is made here, now and later.
-
-    It would look through all items again and again, each time holding up every request: 0.1 s for the application
-    alone, and longer with every item. None of them is in a cycle, so they go when the bundle goes.
-    """
-    gc.collect()  # of little: what was there before is frozen. Garbage that is frozen with the rest would stay for good
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library is glibc."""
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
 
 
 def _warm(serving: Serving) -> None:

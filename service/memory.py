@@ -1,0 +1,50 @@
+"""Memory of a process that swaps large things for a long time: collected at the right moment, and given back.
+
+Nothing here is needed for right answers; where the C library is not glibc, its part does nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+LARGE: Final = 1 << 20
+"""Bytes from which on a block has pages of its own. Above what a request needs at a time: new pages cost."""
+
+_M_MMAP_THRESHOLD: Final = -3  # of <malloc.h>
+_LIBC: Final = ctypes.CDLL(None)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the collector of garbage away from what is made here, now and later.
+
+    It would look through all items again and again, each time holding up every request: 0.1 s for the application
+    alone, and longer with every item. None of them is in a cycle, so they go when the bundle goes.
+    """
+    gc.collect()  # of little: what was there before is frozen. Garbage that is frozen with the rest would stay for good
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def keep_large_apart() -> None:
+    """Have blocks of LARGE bytes and more go back to the system when they are freed, each by itself.
+
+    Otherwise glibc, once it has seen such a block freed, puts the next ones among the small ones. There they leave
+    holes: a worker that swapped bundles under load grew by some megabytes with each of the first ten swaps.
+    """
+    if hasattr(_LIBC, "mallopt"):
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, LARGE)
+
+
+def trim() -> None:
+    """Give freed memory back to the system."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
