@@ -26,9 +26,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import sqlite3
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -36,15 +37,14 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from redis.asyncio import Redis
-from sqlalchemy import select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service import redis_line
+from service.log_reader import reader_for
 from service.redis_cluster import ClusterLines, RedisCluster
 from service.redis_line import Command, Failed, Greeting, RedisDown, RedisLine, script
-from shared.database import events
 from shared.events import Events, HistoryPolicy, IntArray, KeyArray, history_of, item_key, item_keys
 from shared.times import BEGINNING
 
@@ -166,17 +166,15 @@ def database_failures_as(error: type[Exception]) -> Iterator[None]:
         yield
     except (IntegrityError, ProgrammingError, DataError):
         raise
-    except (DBAPIError, PoolTimeoutError, OSError) as cause:
+    except (DBAPIError, PoolTimeoutError, OSError, sqlite3.Error) as cause:
         raise error(f"{type(cause).__name__}: {cause}".splitlines()[0]) from cause
 
 
 @asynccontextmanager
-async def reading(
-    engine: AsyncEngine, error: type[Exception], turn: AbstractAsyncContextManager[Any] | None = None
-) -> AsyncIterator[AsyncConnection]:
-    """A connection to read by, once it is our `turn`, for READ_SECONDS in all. Failures and slowness become `error`."""
+async def reading(engine: AsyncEngine, error: type[Exception]) -> AsyncIterator[AsyncConnection]:
+    """A connection to read by, for READ_SECONDS in all. Failures and slowness become `error`."""
     with database_failures_as(error):
-        async with asyncio.timeout(READ_SECONDS), turn or nullcontext(), engine.connect() as connection:
+        async with asyncio.timeout(READ_SECONDS), engine.connect() as connection:
             yield connection
 
 
@@ -268,7 +266,7 @@ class HistoryStore:
         self.redis, self.engine, self.ttl, self.empty_ttl, self.window = redis, engine, ttl, empty_ttl, window
         self.failed = failed
         self._line = RedisLine(redis, failed) if isinstance(redis, Redis) else ClusterLines(redis, failed)
-        self._readers = asyncio.Semaphore(READERS)
+        self._log, self._readers = reader_for(engine), asyncio.Semaphore(READERS)
         self._rebuilds: dict[bytes, asyncio.Task[_Entry]] = {}  # by marker
         self._dirty: dict[str, None] = {}  # users whose entry may lack an event that was acknowledged here
 
@@ -407,13 +405,10 @@ class HistoryStore:
         self, user_id: str, policy: HistoryPolicy, as_of: int | None = None, *, whole: bool = False
     ) -> _Entry:
         """The entry as the log has it now. Raises HistoryUnavailable."""
-        columns = (events.c.seq, events.c.item_id, events.c.event_type, events.c.value, events.c.timestamp)
-        query = select(*columns).where(events.c.user_id == user_id).order_by(events.c.timestamp, events.c.seq)
-        if as_of is not None:
-            query = query.where(events.c.timestamp <= as_of)
         try:
-            async with reading(self.engine, HistoryUnavailable, self._readers) as connection:
-                rows = (await connection.execute(query)).all()
+            with database_failures_as(HistoryUnavailable):
+                async with asyncio.timeout(READ_SECONDS), self._readers:
+                    rows = await self._log.rows(user_id, as_of)
         except HistoryUnavailable:
             self.failed("database")
             raise
@@ -421,7 +416,7 @@ class HistoryStore:
 
 
 def _entry_of(rows: Sequence[Any], policy: HistoryPolicy, window: int) -> _Entry:
-    """The entry for one user's rows (seq, item_id, event_type, value, timestamp) in the order of (timestamp, seq)."""
+    """The entry for one user's rows as `LogReader` has them."""
     seq, item_id, event_type, value, timestamp = zip(*rows, strict=True) if rows else ((),) * 5
     kinds = tuple(dict.fromkeys(event_type))
     number = {kind: n for n, kind in enumerate(kinds)}
@@ -445,5 +440,6 @@ def _entry_of(rows: Sequence[Any], policy: HistoryPolicy, window: int) -> _Entry
     records["key"] = history.item[feeding]
     others = np.setdiff1d(history.item[history.seen], records["key"][records["tag"] & 1 == 1]).astype(np.uint64)
     named = (t for t, kind in zip(reversed(timestamp), reversed(event_type), strict=True) if policy.names(kind))
-    last = next(((r.timestamp, r.seq) for r in reversed(rows) if policy.feeds(r.event_type, r.value)), (BEGINNING, 0))
+    newest = zip(reversed(timestamp), reversed(seq), reversed(event_type), reversed(value), strict=True)
+    last = next(((t, s) for t, s, kind, v in newest if policy.feeds(kind, v)), (BEGINNING, 0))
     return _Entry(next(named, BEGINNING), last, records, others)
