@@ -30,6 +30,7 @@ from service.catalogue import CatalogueUnavailable, LiveCatalogue
 from service.errors import CatalogueDown, NoBundle, UnknownModel
 from service.memory import trim, uncollected
 from service.metrics import Metrics
+from service.queries import QueryVectors
 from service.settings import Settings
 from shared.bundle import CURRENT, Bundle, BundleError, Model, current_version
 from shared.catalogue import Availability, Item, ItemChange, NewItems
@@ -51,8 +52,9 @@ HOW_TO_PUBLISH = "train and publish one: python -m trainer run"
 class Serving:
     """One bundle, and its items as they are now."""
 
-    def __init__(self, bundle: Bundle, changes: Iterable[ItemChange]) -> None:
+    def __init__(self, bundle: Bundle, changes: Iterable[ItemChange], query_vectors: int = 0) -> None:
         self.bundle = bundle
+        self.queries = {name: QueryVectors(model.encoder, query_vectors) for name, model in bundle.models.items()}
         self.known = len(bundle.catalogue)  # item indices up to here have vectors
         self.new = NewItems(self.known)
         self.availability = Availability.of(bundle.catalogue)
@@ -294,7 +296,7 @@ class Live:
 
 def _load(path: Path, settings: Settings, changes: Mapping[ItemId, ItemChange]) -> Serving:
     with uncollected():
-        serving = Serving(Bundle.load(path, settings.retrieval), changes.values())
+        serving = Serving(Bundle.load(path, settings.retrieval), changes.values(), settings.query_vectors)
         if serving.bundle.version != path.name:
             raise BundleError(f"{path}: the manifest says it is version {serving.bundle.version!r}")
         if lacking := sorted(set(settings.required_models) - serving.bundle.models.keys()):

@@ -49,6 +49,10 @@ class Metrics:
             "Items of histories that were read (the newest of each), by whether the live bundle knows them.",
             ["known"], registry=registry,
         )  # fmt: skip
+        self.query_vectors = Counter(
+            "upnext_query_vectors_total", "Query vectors, by whether they were encoded or remembered.", ["source"],
+            registry=registry,
+        )  # fmt: skip
         self.events = Counter("upnext_events_total", "Events taken, by outcome.", ["status"], registry=registry)
         self.erasures = Counter("upnext_erasures_total", "Users erased.", registry=registry)
         self.refused = Counter(

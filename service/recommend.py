@@ -300,7 +300,9 @@ def search(
 ) -> list[Found]:
     """Query vector and candidates of each case, none of them with an empty sequence."""
     with Stage("encode", *traces):
-        queries = model.encoder.encode([c.sequence for c in cases], [c.times for c in cases])  # (B, D)
+        queries, remembered = serving.queries[model.name].encode([c.sequence for c in cases], [c.times for c in cases])
+    traces[0].remembered += remembered
+    traces[0].encoded += len(cases) - remembered
     with Stage("retrieve", *traces):
         return list(map(Found, queries, retrieve(cases, scopes, queries, serving, model, candidates)))
 

@@ -56,6 +56,12 @@ class Settings(BaseSettings):
     candidates: int = Field(
         200, ge=1, le=2000, description="Items retrieved for a request before the final gate and ranking; at least `n`."
     )
+    query_vectors: int = Field(
+        8192,
+        ge=0,
+        le=10_000_000,
+        description="Query vectors that a worker remembers for each model, for users who ask again; 0: none.",
+    )
     max_in_flight: int = Field(
         128, ge=1, le=100_000, description="Requests a worker has in flight at most; above, it answers 503 at once."
     )

@@ -69,6 +69,8 @@ class Trace:
     caller: str | None = None  # the name of the key that was sent, never the key
     history_items: int = 0  # items that models were to read, and how many of them the bundle knows
     known_items: int = 0
+    encoded: int = 0  # query vectors that were made for it and whoever was served with it, and those remembered
+    remembered: int = 0
 
     def stage(self, name: str) -> Stage:
         """Time one stage; the times of one that comes several times add up."""
@@ -136,6 +138,10 @@ class Telemetry:
         if trace.history_items:
             metrics.count(metrics.history_items, "true", amount=trace.known_items)
             metrics.count(metrics.history_items, "false", amount=trace.history_items - trace.known_items)
+        if trace.encoded:
+            metrics.count(metrics.query_vectors, "encoded", amount=trace.encoded)
+        if trace.remembered:
+            metrics.count(metrics.query_vectors, "remembered", amount=trace.remembered)
         if log.isEnabledFor(logging.INFO):
             fields: dict[str, Any] = {
                 "request_id": trace.request_id,
