@@ -1,11 +1,14 @@
 """Recommendations over real HTTP: the service as users run it, all defaults on, its Redis and the load beside it.
 
-    python -m tests.benchmarks.http [--items 3700] [--workers 2] [--seconds 4] [--rounds 3]
+    python -m tests.benchmarks.http [--items 3700] [--workers 2] [--seconds 4] [--rounds 3] [--query-vectors 0]
 
 closed   so many callers who each ask again as soon as they have their answer (wrk): how much goes through
 open     requests at a constant rate, a share of the most that went through a closed loop with the same histories
          (h2load): how long callers wait when the service is not saturated
 + bulk   the same while one caller sends batches of 256 users back to back
+
+Users ask again and do nothing in between, so their query vectors are remembered; with `--query-vectors 0` each request
+is encoded, as for users who do something every time.
 
 A round goes through all cases of its kind, so that noise meets all alike; the median over rounds counts. One line for
 each case, then the same as one JSON line.
@@ -65,11 +68,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many runs counts")
     parser.add_argument("--only", choices=["closed", "open"], help="leave out the rest")
+    parser.add_argument("--query-vectors", type=int, help="that a worker remembers; as users have it if not given")
     asked = parser.parse_args()
+    chosen = {} if asked.query_vectors is None else {"query_vectors": asked.query_vectors}
     with tempfile.TemporaryDirectory(prefix="upnext-bench-") as name:
         folder = Path(name)
         random_bundle(folder / "bundles", asked.items)
-        with stack("sqlite", workers=asked.workers, bundles=folder / "bundles") as service:
+        with stack("sqlite", workers=asked.workers, bundles=folder / "bundles", **chosen) as service:
             running.fill(service.database_url, asked.items, LENGTHS)
             found = measure(service.url, asked.seconds, asked.rounds, asked.only)
     print(

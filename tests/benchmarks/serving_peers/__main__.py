@@ -4,8 +4,10 @@
 
 All have the same ONNX encoder, item vectors, users, Redis and load (wrk), the same number of worker processes, uvloop,
 httptools, and one thread for arithmetic each. All run at once, but one is loaded at a time; a round goes through all,
-so that noise meets all alike, and medians over rounds count. Before, answers are compared: the app written by hand must
-return Upnext's items, the others what Upnext returns with `exclude_seen=false`.
+so that noise meets all alike, and medians over rounds count. Users ask again without doing anything in between, for
+which Upnext remembers query vectors; a second row and the last column are of Upnext when it encodes each request.
+Before, answers are compared: the app written by hand must return Upnext's items, the others what Upnext returns with
+`exclude_seen=false`.
 """
 
 from __future__ import annotations
@@ -56,8 +58,11 @@ class Peer:
     request: str = load.GET
 
 
+UPNEXT: Final = Peer("Upnext", None, excludes_seen=True)
+FORGETFUL: Final = Peer("Upnext, each request encoded", None, excludes_seen=True)
 PEERS: Final = (
-    Peer("Upnext", None, excludes_seen=True),
+    UPNEXT,
+    FORGETFUL,
     Peer("prototype, each request alone", "prototype", excludes_seen=False),
     Peer("prototype, coalesced", "coalesced", excludes_seen=False),
     Peer("same duties, by hand", "handwritten", excludes_seen=True),
@@ -81,8 +86,14 @@ def main() -> None:
         running.fill(upnext.database_url, asked.items, (LENGTH,))
         fill_redis(upnext, asked.items)
         urls = {}
+        # The same service for users who do something before they ask again: it may remember no query vectors.
+        forgetful = closing.enter_context(
+            stack("sqlite", workers=asked.workers, bundles=folder / "bundles", query_vectors=0)
+        )
+        running.fill(forgetful.database_url, asked.items, (LENGTH,))
+        own = {UPNEXT: upnext.url, FORGETFUL: forgetful.url}
         for peer in PEERS:
-            urls[peer] = upnext.url if peer.module is None else start(peer, upnext, bundle, asked, closing)
+            urls[peer] = own.get(peer) or start(peer, upnext, bundle, asked, closing)
         compare_answers(urls)
         found = measure(urls, asked.seconds, asked.rounds)
     report(found)
@@ -197,11 +208,14 @@ def measure(urls: dict[Peer, str], seconds: int, rounds: int) -> list[dict[str, 
 def report(rows: list[dict[str, Any]]) -> None:
     """The table."""
     print(f"{machine()}; history {LENGTH}; times in ms")
-    print(f"{'':30}{'requests/s':>11}{'p50':>7}{'p99':>7}{'p50 at 1':>10}{'failed':>8}{'Upnext is':>11}")
+    print(
+        f"{'':30}{'requests/s':>11}{'p50':>7}{'p99':>7}{'p50 at 1':>10}{'failed':>8}{'Upnext is':>11}{'encoding':>10}"
+    )
     for row in rows:
+        times = [own["per_second"] / row["per_second"] for own in rows[:2]]  # with and without remembered vectors
         print(
             f"{row['peer']:30}{row['per_second']:11.0f}{row['p50']:7.2f}{row['p99']:7.2f}{row['p50_alone']:10.2f}"
-            f"{row['failed']:8}{rows[0]['per_second'] / row['per_second']:10.2f}x"
+            f"{row['failed']:8}{times[0]:10.2f}x{times[1]:9.2f}x"
         )
 
 
