@@ -203,6 +203,7 @@ class ClusterLines:
                         line.doubted = asyncio.get_running_loop().time()
                     await self.cluster.keep(masters | {*self.cluster.seeds})
                 return changed
+            self.tell("redis")
             return False
         finally:
             self.learning = None

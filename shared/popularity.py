@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import Final
 from weakref import proxy
 
 import numpy as np
@@ -10,7 +11,9 @@ import numpy as np
 from shared.events import IntArray
 from shared.times import DAY
 
-RECENT_DAYS = 30
+RECENT_DAYS: Final = 30
+KEPT: Final = 16 << 20
+"""Bytes of orders kept for questions about other days: today's and, as a rule, some more."""
 
 
 class Popularity:
@@ -23,7 +26,8 @@ class Popularity:
         self.day, self.item, self.count, self.item_count = day, item, count, item_count
         # Of a weak reference: whoever refers to himself is freed by the collector of garbage alone, and bundles are
         # kept out of its reach.
-        self.ranked = lru_cache(maxsize=64)(partial(Popularity._ranked, proxy(self)))
+        orders = max(2, min(64, KEPT // (8 * (item_count + 1))))
+        self.ranked = lru_cache(maxsize=orders)(partial(Popularity._ranked, proxy(self)))
 
     @classmethod
     def of_events(cls, item: IntArray, timestamp: IntArray, item_count: int) -> Popularity:

@@ -80,3 +80,9 @@ def test_no_events_at_all_rank_by_index() -> None:
     none = np.zeros(0, np.int64)
     assert Popularity(none, none, none, 3).fallback(DAY).tolist() == [1, 2, 3]
     assert Popularity.of_events(none, none, 3).fallback(DAY).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("items", "kept"), [(10, 64), (100_000, 20), (5_000_000, 2)])
+def test_orders_of_other_days_take_a_bounded_room(items: int, kept: int) -> None:
+    counted = Popularity(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), items)
+    assert counted.ranked.cache_parameters()["maxsize"] == kept
