@@ -36,7 +36,7 @@ SECONDS: Final = 5.0
 worker waits for its turn."""
 _CHUNK: Final = 500
 """Rows in one statement on SQLite, which takes some 32,000 parameters."""
-_PASSING: Final = ("40P01", "40001")  # PostgreSQL: deadlock detected, serialization failure
+_PASSING: Final = ("40P01", "40001", "08")  # PostgreSQL: deadlock, serialization failure, a connection that broke
 _MISTAKES: Final = ("22", "23")  # PostgreSQL's classes of errors that lie in the data
 
 
@@ -186,7 +186,9 @@ class PostgresWriter:
             state, lost = getattr(error.orig, "sqlstate", None) or "", error.connection_invalidated
             if state.startswith(_MISTAKES):
                 raise
-            raise WriteFailed(_reason(error), passing=lost or state in _PASSING, perhaps_written=lost) from error
+            raise WriteFailed(
+                _reason(error), passing=lost or state.startswith(_PASSING), perhaps_written=lost
+            ) from error
         except TimeoutError as error:
             raise WriteFailed(f"no answer within {SECONDS:.0f} s", perhaps_written=True) from error
         except (SQLAlchemyError, OSError) as error:  # no connection, or none free
