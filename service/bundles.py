@@ -10,7 +10,6 @@ being replaced, so a request that took hold of a `Serving` keeps one numbering t
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from bisect import bisect_right
@@ -28,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.catalogue import CatalogueUnavailable, LiveCatalogue
 from service.errors import CatalogueDown, NoBundle, UnknownModel
-from service.memory import trim, uncollected
+from service.memory import thaw, trim, uncollected
 from service.metrics import Metrics
 from service.queries import QueryVectors
 from service.settings import Settings
@@ -185,7 +184,7 @@ class Live:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        gc.unfreeze()  # a process that goes on, as that of tests does, may have the rest collected
+        thaw()
 
     @property
     def policy(self) -> HistoryPolicy:

@@ -34,6 +34,11 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
+def thaw() -> None:
+    """Let the collector see everything again: a process that goes on, as that of tests does, may have it collected."""
+    gc.unfreeze()
+
+
 def keep_large_apart() -> None:
     """Have blocks of LARGE bytes and more go back to the system when they are freed, each by itself.
 

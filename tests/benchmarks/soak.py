@@ -32,8 +32,7 @@ from scipy.stats import t as student
 from shared.bundle import current_version, point_current
 from tests.benchmarks import running
 from tests.benchmarks.bundles import random_bundle
-from tests.benchmarks.stack import Stack, machine, stack
-from tests.benchmarks.swap import pss_mb
+from tests.benchmarks.stack import Stack, machine, memory_mb, stack
 
 ITEMS: Final = 3_700
 LENGTHS: Final = (10, 50, 200)
@@ -117,10 +116,9 @@ def line(hours: Sequence[float], megabytes: Sequence[float]) -> Line:
 
 def made_of(pid: int) -> dict[str, float]:
     """Megabytes of a worker by what they hold, its threads and its open files."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    sizes = {name: int(value) / 1024 for name, value in (li.split()[:2] for li in rollup)}
+    sizes = memory_mb(pid)
     count = {name: float(len(list(Path(f"/proc/{pid}/{name}").iterdir()))) for name in ("task", "fd")}
-    return {"pss": sizes["Pss:"], "anonymous": sizes["Anonymous:"], "threads": count["task"], "files": count["fd"]}
+    return {"pss": sizes["Pss"], "anonymous": sizes["Anonymous"], "threads": count["task"], "files": count["fd"]}
 
 
 def soak(service: Stack, bundles: Path, minutes: float, rate: int) -> dict[str, Any]:
@@ -139,7 +137,7 @@ def soak(service: Stack, bundles: Path, minutes: float, rate: int) -> dict[str, 
             passed = time.monotonic() - started
             if asking.poll() is not None:
                 break
-            cycles[-1].append(sum(map(pss_mb, workers)))
+            cycles[-1].append(sum(memory_mb(pid)["Pss"] for pid in workers))
             if not first and passed >= WARM * 60:
                 first = [made_of(pid) for pid in workers]
             if passed >= CYCLE * len(cycles):

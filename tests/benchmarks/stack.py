@@ -130,6 +130,12 @@ def _command(pid: int) -> bytes:
         return b""
 
 
+def memory_mb(pid: int) -> dict[str, float]:
+    """Megabytes of a process by kind: "Pss" (its own pages, and its part of those that it shares), "Anonymous", ..."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {name.rstrip(":"): int(value) / 1024 for name, value in (line.split()[:2] for line in lines)}
+
+
 def machine() -> str:
     """The processor, for the head of a table."""
     names = [li.split(":")[1].strip() for li in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in li]

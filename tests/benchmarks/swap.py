@@ -26,7 +26,7 @@ from shared.bundle import current_version, point_current
 from shared.times import SECOND, parse
 from tests.benchmarks import load, running
 from tests.benchmarks.bundles import random_bundle
-from tests.benchmarks.stack import Stack, machine, stack
+from tests.benchmarks.stack import Stack, machine, memory_mb, stack
 
 LENGTH: Final = 50
 CALLERS: Final = (8, 32)
@@ -114,7 +114,7 @@ def watching(service: Stack) -> Iterator[list[tuple[float, float]]]:
     def watch() -> None:
         workers = service.workers()
         while not over.wait(0.2):
-            seen.append((time.time(), sum(map(pss_mb, workers))))
+            seen.append((time.time(), sum(memory_mb(pid)["Pss"] for pid in workers)))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -123,12 +123,6 @@ def watching(service: Stack) -> Iterator[list[tuple[float, float]]]:
     finally:
         over.set()
         thread.join()
-
-
-def pss_mb(pid: int) -> float:
-    """Proportional set size of a process: its own pages, and its part of those that it shares."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def report(rows: list[dict[str, Any]], files: float, workers: int) -> None:
