@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +21,19 @@ hypothesis.settings.register_profile(
     "upnext", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
 )
 hypothesis.settings.load_profile("upnext")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_collections() -> Iterator[None]:
+    """Bundles load without the collection of garbage that goes with it in a worker.
+
+    Hundreds are loaded here, each of which would have all objects of all tests looked through: 0.2 s a bundle, a third
+    of the whole suite. `test_memory` and the tests with workers of their own have the real thing.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.bundles.uncollected", nullcontext)
+        patch.setattr("service.bundles.thaw", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from fastapi.dependencies import models
 
 from service.errors import MEDIA_TYPE, TYPE_PREFIX
 from service.main import create_app
@@ -112,6 +113,14 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
     ):
         yield Running(app, client, settings)
+    _forget_functions()
+
+
+def _forget_functions() -> None:
+    """Let FastAPI forget the functions of an app that is no more: they would hold all of it in memory."""
+    for function in vars(models).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
