@@ -15,6 +15,7 @@ LARGE: Final = 1 << 20
 """Bytes from which on a block has pages of its own. Above what a request needs at a time: new pages cost."""
 
 _M_MMAP_THRESHOLD: Final = -3  # of <malloc.h>
+_M_ARENA_MAX: Final = -8
 _LIBC: Final = ctypes.CDLL(None)
 
 
@@ -39,13 +40,18 @@ def thaw() -> None:
     gc.unfreeze()
 
 
-def keep_large_apart() -> None:
-    """Have blocks of LARGE bytes and more go back to the system when they are freed, each by itself.
+def settle_allocator() -> None:
+    """Have glibc keep little of what is freed. To be called before there are threads.
 
-    Otherwise glibc, once it has seen such a block freed, puts the next ones among the small ones. There they leave
-    holes: a worker that swapped bundles under load grew by some megabytes with each of the first ten swaps.
+    One arena: otherwise each thread has its own, what one of them frees no other one uses, and bundles are loaded on
+    whichever thread is free. With the interpreter's lock there is next to nobody who would have to wait for it.
+
+    Blocks of LARGE bytes and more go back to the system when they are freed, each by itself. Otherwise glibc, once it
+    has seen such a block freed, puts the next ones among the small ones. There they leave holes: a worker that swapped
+    bundles under load grew by some megabytes with each of the first ten swaps.
     """
     if hasattr(_LIBC, "mallopt"):
+        _LIBC.mallopt(_M_ARENA_MAX, 1)
         _LIBC.mallopt(_M_MMAP_THRESHOLD, LARGE)
 
 

@@ -20,7 +20,7 @@ from typing import Final
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
-from service.memory import keep_large_apart
+from service.memory import settle_allocator
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ GRACE_SECONDS: Final = 5
 
 def create_app() -> FastAPI:
     """The application, for uvicorn to call in each worker."""
-    keep_large_apart()
+    settle_allocator()
     settings = Settings()
     launcher = multiprocessing.parent_process()
     if launcher is not None:  # a single worker has no process of its own: it is the launcher

@@ -1,13 +1,16 @@
 """A service under mixed load for an hour: whether its memory grows.
 
-    python -m tests.benchmarks.soak [--minutes 60] [--rate 300] [--database sqlite|postgresql] [--workers 2]
+    python -m tests.benchmarks.soak [--minutes 60] [--warm 20] [--rate 300] [--database sqlite|postgresql] [--workers 2]
 
 wrk sends a steady mix of everything that the interface has: histories from the cache, users that nobody knows, events,
 batches, brought histories, filters, similar items, catalogue changes, erasures, and requests that are refused. Every
-CYCLE seconds another bundle goes live, and Redis is killed and comes back empty. Memory is the proportional set size
-of all workers, by its mean over each cycle, so that swaps and the load's own waves fall out; the first WARM minutes do
-not count. Reported: the slope of a line through those means, with the upper end of its 95 % interval (t), what the
-memory was made of at both ends, and answers that were none.
+SWAP seconds another bundle goes live, and every CYCLE seconds Redis is killed and comes back empty. Memory is the
+proportional set size of all workers, by its mean over each cycle, so that swaps and the load's own waves fall out.
+Before the minutes that count there are some in which every path is taken and allocators and caches fill up to what
+they keep; twenty swaps do that. The catalogue changes go to CHANGED items: workers keep the newest change of each
+item, which is data and no leak, and so it must have come to its full size by then. Reported: the slope of a line
+through those means, with the upper end of its 95 % interval (t), what the memory was made of at both ends, and
+answers that were none.
 """
 
 from __future__ import annotations
@@ -37,10 +40,10 @@ from tests.benchmarks.stack import Stack, machine, memory_mb, stack
 ITEMS: Final = 3_700
 LENGTHS: Final = (10, 50, 200)
 CONNECTIONS: Final = 16
-WARM: Final = 10
-"""Minutes until every path was taken often enough that allocators and caches have what they keep."""
-CYCLE: Final = 240
-"""Seconds."""
+CHANGED: Final = 300
+SWAP: Final = 60
+CYCLE: Final = 4 * SWAP
+"""Seconds; an even number of swaps, since the two bundles need not be of the same size."""
 SAMPLE: Final = 5
 # Of a hundred requests. An unknown user is a new one each time, and so is each user of some of the events.
 SCRIPT: Final = """
@@ -74,7 +77,7 @@ function request()
   if kind <= 90 then return wrk.format("GET", "/users/" .. user() .. "/history") end
   if kind <= 91 then return wrk.format("GET", "/items?limit=50") end
   if kind <= 92 then
-    return wrk.format("PUT", "/items/" .. item(), post, string.format('{"title":"Title %%d"}', n))
+    return wrk.format("PUT", "/items/" .. math.random(1, %(changed)d), post, string.format('{"title":"Title %%d"}', n))
   end
   if kind <= 93 then return wrk.format("DELETE", "/users/new-" .. math.max(n - 100, 0)) end
   if kind <= 95 then return wrk.format("GET", "/recommend/" .. user() .. "?n=0") end
@@ -121,11 +124,13 @@ def made_of(pid: int) -> dict[str, float]:
     return {"pss": sizes["Pss"], "anonymous": sizes["Anonymous"], "threads": count["task"], "files": count["fd"]}
 
 
-def soak(service: Stack, bundles: Path, minutes: float, rate: int) -> dict[str, Any]:
-    """Load, disturb and watch."""
+def soak(service: Stack, bundles: Path, minutes: float, warm: float, rate: int) -> dict[str, Any]:
+    """Load, disturb and watch; `warm` minutes and then `minutes` that count."""
     script = service.folder / "soak.lua"
-    script.write_text(SCRIPT % {"delay": 1000 * CONNECTIONS / rate, "users": running.USERS, "items": ITEMS})
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{round(minutes * 60)}s", "--timeout", "10s"]
+    script.write_text(
+        SCRIPT % {"delay": 1000 * CONNECTIONS / rate, "users": running.USERS, "items": ITEMS, "changed": CHANGED}
+    )
+    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{round((warm + minutes) * 60)}s", "--timeout", "10s"]
     asking = subprocess.Popen([*command, "-s", str(script), service.url], stdout=subprocess.PIPE, text=True)
     workers, started = service.workers(), time.monotonic()
     cycles: list[list[float]] = [[]]
@@ -138,14 +143,15 @@ def soak(service: Stack, bundles: Path, minutes: float, rate: int) -> dict[str, 
             if asking.poll() is not None:
                 break
             cycles[-1].append(sum(memory_mb(pid)["Pss"] for pid in workers))
-            if not first and passed >= WARM * 60:
+            if not first and passed >= warm * 60:
                 first = [made_of(pid) for pid in workers]
-            if passed >= CYCLE * len(cycles):
-                print(f"{passed / 60:5.1f} min {np.mean(cycles[-1]):7.1f} MB", file=sys.stderr, flush=True)
-                cycles.append([])
+            if passed >= SWAP * (done["swaps"] + 1):
                 done["swaps"] += 1
                 (other,) = {path.name for path in bundles.glob("*-bench")} - {current_version(bundles)}
                 point_current(bundles, other)
+            if passed >= CYCLE * len(cycles):
+                print(f"{passed / 60:5.1f} min {np.mean(cycles[-1]):7.1f} MB", file=sys.stderr, flush=True)
+                cycles.append([])
                 service.redis.kill()
                 time.sleep(1)
                 service.redis.start()
@@ -155,7 +161,7 @@ def soak(service: Stack, bundles: Path, minutes: float, rate: int) -> dict[str, 
         asking.terminate()
         said = asking.communicate()[0]
     whole = [(CYCLE * (n + 0.5) / 3600, float(np.mean(seen))) for n, seen in enumerate(cycles[:-1])]
-    settled = [(at, mb) for at, mb in whole if at * 60 - CYCLE / 120 >= WARM]
+    settled = [(at, mb) for at, mb in whole if at * 60 - CYCLE / 120 >= warm]
     found = line(*zip(*settled, strict=True)) if len(settled) > 2 else Line(math.nan, math.nan)
     return {
         **json.loads(next(row[5:] for row in said.splitlines() if row.startswith("JSON "))),
@@ -169,6 +175,7 @@ def main() -> int:
     """Measure, print a table and one JSON line; 0 if nothing failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--warm", type=float, default=20, help="minutes before those")
     parser.add_argument("--rate", type=int, default=300, help="requests a second")
     parser.add_argument("--database", choices=["postgresql", "sqlite"], default="sqlite")
     parser.add_argument("--workers", type=int, default=2)
@@ -182,7 +189,7 @@ def main() -> int:
             random_bundle(bundles, ITEMS, version=f"2024-06-0{number}T00-00-00Z-bench", seed=number)
         with stack(chosen.database, workers=chosen.workers, bundles=bundles) as service:
             running.fill(service.database_url, ITEMS, LENGTHS)
-            found = soak(service, bundles, chosen.minutes, chosen.rate)
+            found = soak(service, bundles, chosen.minutes, chosen.warm, chosen.rate)
     per_second = found["requests"] / found["seconds"]
     print(f"{machine()}; {chosen.database}, {chosen.workers} workers, {per_second:.0f} requests/s")
     for field, value in found.items():
