@@ -277,16 +277,19 @@ def links(count: int) -> int:
     return 32 if count > EXACT_ITEMS else 16
 
 
-def build_index(vectors: Vectors, *, m: int | None = None, ef_construction: int = 200, seed: int = 0) -> hnswlib.Index:
+def build_index(
+    vectors: Vectors, *, m: int | None = None, ef_construction: int = 200, seed: int = 0, threads: int = 1
+) -> hnswlib.Index:
     """An HNSW index over inner products; labels are rows of `vectors`. `m` links an item, by default `links` of them.
 
-    Rows are added in random order: in catalogue order, early items would crowd the upper layers.
+    Rows are added in random order: in catalogue order, early items would crowd the upper layers. With several threads
+    the order, and so the index, is another one each time.
     """
     index = hnswlib.Index(space="ip", dim=vectors.shape[1])
     m = links(len(vectors)) if m is None else m
     index.init_index(max_elements=len(vectors), M=m, ef_construction=ef_construction, random_seed=seed + 100)
     order = np.random.default_rng(seed).permutation(len(vectors))
-    index.add_items(vectors[order], order, num_threads=1)
+    index.add_items(vectors[order], order, num_threads=threads)
     return index
 
 

@@ -76,7 +76,7 @@ def test_an_override_leaves_its_neighbours_as_the_file_has_them(mine: str) -> No
         ("trainning.lr=0.1", "trainning: unknown key; did you mean training?"),
         ("data.source.evnts=x", "data.source.evnts: unknown key; did you mean data.source.events?"),
         ("data.history.minimum=4", "data.history.minimum: unknown key; did you mean data.history.minimum_value?"),
-        ("index.zzz=1", "index.zzz: unknown key; there are ef, ef_construction, m"),
+        ("index.zzz=1", "index.zzz: unknown key; there are ef, ef_construction, m, threads"),
         ("training.lr=fast", "training.lr: Input should be a valid number"),
         ("training.epochs=2.5", "training.epochs: "),
         ("model.dropout=1", "model.dropout: Input should be less than 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import hnswlib
 import numpy as np
@@ -15,6 +16,7 @@ from shared.catalogue import Availability, Catalogue, Item, ItemChange
 from shared.encoder import Vectors
 from shared.events import IntArray
 from shared.retrieval import Mode, Retriever, Scope, build_index, load_index, top
+from trainer.evaluate import index_recall
 
 N, WIDTH = 120, 8
 NOW = 60
@@ -240,7 +242,18 @@ def test_top_is_what_sorting_gives(scores: Sequence[float], count: int) -> None:
     assert sorted(found) == sorted(wanted)
 
 
-def test_an_index_comes_back_from_its_file_with_labels_and_ef(tmp_path: object) -> None:
+def test_the_index_is_the_same_each_time_and_finds_as_much_when_threads_build_it(tmp_path: Path) -> None:
+    vectors = vectors_of(5, 2_000)
+    files = [tmp_path / name for name in ("one", "another")]
+    for file in files:
+        build_index(vectors).save_index(str(file))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    index = build_index(vectors, threads=2)
+    index.set_ef(200)
+    assert index_recall(vectors_of(6, 50), Retriever(vectors, index), 10) > 0.99
+
+
+def test_an_index_comes_back_from_its_file_with_labels_and_ef(tmp_path: Path) -> None:
     vectors = vectors_of(4)
     file = f"{tmp_path}/index.hnsw"
     build_index(vectors).save_index(file)

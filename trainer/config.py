@@ -193,6 +193,9 @@ class IndexConfig(_Section):
     m: int | None = Field(None, ge=2, description="Links of a node. Absent: 16, and 32 above 100,000 items.")
     ef_construction: int = Field(200, ge=8, description="Candidates looked at while building.")
     ef: int = Field(200, ge=10, description="Candidates looked at by a query.")
+    threads: int = Field(
+        1, ge=1, description="Threads that build it. Only with one is it the same each time; a million items want more."
+    )
 
 
 class PublishConfig(_Section):

@@ -127,7 +127,9 @@ def _model_info(candidate: Candidate, recall: tuple[float, float] | None) -> Mod
 
 def index_of(exported: Exported, settings: IndexConfig) -> hnswlib.Index:
     """The HNSW index of an export's vectors."""
-    index = build_index(exported.vectors, m=settings.m, ef_construction=settings.ef_construction)
+    index = build_index(
+        exported.vectors, m=settings.m, ef_construction=settings.ef_construction, threads=settings.threads
+    )
     index.set_ef(settings.ef)
     return index
 
