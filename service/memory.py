@@ -14,6 +14,7 @@ from typing import Final
 LARGE: Final = 1 << 20
 """Bytes from which on a block has pages of its own. Above what a request needs at a time: new pages cost."""
 
+_NEVER: Final = 1 << 30  # collections of the middle generation
 _M_MMAP_THRESHOLD: Final = -3  # of <malloc.h>
 _M_ARENA_MAX: Final = -8
 _LIBC: Final = ctypes.CDLL(None)
@@ -25,14 +26,20 @@ def uncollected() -> Iterator[None]:
 
     It would look through all items again and again, each time holding up every request: 0.1 s for the application
     alone, and longer with every item. None of them is in a cycle, so they go when the bundle goes.
+
+    What other threads make meanwhile is not kept from it: garbage that is frozen with the rest would stay for good. So
+    there is a collection before, when there is little to look through, and while the block runs young objects alone
+    are looked through, once or twice each.
     """
-    gc.collect()  # of little: what was there before is frozen. Garbage that is frozen with the rest would stay for good
-    gc.disable()
+    gc.collect()
+    usual = gc.get_threshold()
+    gc.set_threshold(usual[0], usual[1], _NEVER)
     try:
         yield
     finally:
+        gc.collect(1)
         gc.freeze()
-        gc.enable()
+        gc.set_threshold(*usual)
 
 
 def thaw() -> None:

@@ -24,18 +24,38 @@ def _thawed() -> Iterator[None]:
     gc.unfreeze()
 
 
-def test_garbage_of_before_is_not_kept_for_good() -> None:
-    tied = weakref.ref(Knot())
+def test_garbage_of_before_and_of_meanwhile_is_not_kept_for_good() -> None:
+    before = weakref.ref(Knot())
     with uncollected():
-        assert tied() is None
+        assert before() is None
+        meanwhile = weakref.ref(Knot())
+    assert meanwhile() is None
+
+
+def test_nobody_looks_through_all_while_it_is_made() -> None:
+    looked: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            looked.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        with uncollected():
+            looked.clear()
+            made = [[n] for n in range(200_000)]
+            assert set(looked) == {0, 1}
+    finally:
+        gc.callbacks.remove(note)
+    assert len(made) <= gc.get_freeze_count()
 
 
 def test_what_is_made_is_out_of_the_collectors_sight_and_freed_when_it_is_let_go() -> None:
+    usual = gc.get_threshold()
     with uncollected():
-        assert not gc.isenabled()
         made = [Knot()]
         plain = [[0]]
-    assert gc.isenabled()
+    assert gc.get_threshold() == usual
     before = gc.get_freeze_count()
     assert before > 0
     tied = weakref.ref(made[0])
@@ -47,6 +67,7 @@ def test_what_is_made_is_out_of_the_collectors_sight_and_freed_when_it_is_let_go
 
 
 def test_the_collector_works_again_after_a_failure() -> None:
+    usual = gc.get_threshold()
     with pytest.raises(ValueError, match="bundle"), uncollected():
         raise ValueError("bundle")
-    assert gc.isenabled()
+    assert gc.get_threshold() == usual

@@ -2,15 +2,17 @@
 
     python -m tests.benchmarks.soak [--minutes 60] [--warm 20] [--rate 300] [--database sqlite|postgresql] [--workers 2]
 
-wrk sends a steady mix of everything that the interface has: histories from the cache, users that nobody knows, events,
-batches, brought histories, filters, similar items, catalogue changes, erasures, and requests that are refused. Every
-SWAP seconds another bundle goes live, and every CYCLE seconds Redis is killed and comes back empty. Memory is the
-proportional set size of all workers, by its mean over each cycle, so that swaps and the load's own waves fall out.
-Before the minutes that count there are some in which every path is taken and allocators and caches fill up to what
-they keep; twenty swaps do that. The catalogue changes go to CHANGED items: workers keep the newest change of each
-item, which is data and no leak, and so it must have come to its full size by then. Reported: the slope of a line
-through those means, with the upper end of its 95 % interval (t), what the memory was made of at both ends, and
-answers that were none.
+wrk sends a steady mix of everything that the interface has: histories from the cache, users that nobody knows,
+events, batches, brought histories, filters, similar items, catalogue changes, erasures, and requests that are
+refused. Every SWAP seconds another bundle goes live, and every CYCLE seconds Redis is killed and comes back empty.
+Memory is that of all workers, by its mean over each cycle, so that swaps and the load's own waves fall out: the
+proportional set size, and the part of it that is anonymous, which is all that a process can leak. (The rest are pages
+of files. Their share falls when other programs read the same libraries, and rises when those end.) Before the minutes
+that count there are some in which every path is taken and allocators and caches fill up to what they keep; twenty
+swaps do that. The catalogue changes go to CHANGED items: workers keep the newest change of each item, which is data
+and no leak, and so it must have come to its full size by then. Reported: the slope of a line through the means of
+each, with the upper end of its 95 % interval (t), what the memory was made of at both ends, and answers that were
+none.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def soak(service: Stack, bundles: Path, minutes: float, warm: float, rate: int) 
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{round((warm + minutes) * 60)}s", "--timeout", "10s"]
     asking = subprocess.Popen([*command, "-s", str(script), service.url], stdout=subprocess.PIPE, text=True)
     workers, started = service.workers(), time.monotonic()
-    cycles: list[list[float]] = [[]]
+    cycles: list[list[tuple[float, float]]] = [[]]
     first: list[dict[str, float]] = []
     done: Counter[str] = Counter()
     try:
@@ -142,7 +144,8 @@ def soak(service: Stack, bundles: Path, minutes: float, warm: float, rate: int) 
             passed = time.monotonic() - started
             if asking.poll() is not None:
                 break
-            cycles[-1].append(sum(memory_mb(pid)["Pss"] for pid in workers))
+            sizes = [memory_mb(pid) for pid in workers]
+            cycles[-1].append((sum(size["Pss"] for size in sizes), sum(size["Anonymous"] for size in sizes)))
             if not first and passed >= warm * 60:
                 first = [made_of(pid) for pid in workers]
             if passed >= SWAP * (done["swaps"] + 1):
@@ -150,7 +153,9 @@ def soak(service: Stack, bundles: Path, minutes: float, warm: float, rate: int) 
                 (other,) = {path.name for path in bundles.glob("*-bench")} - {current_version(bundles)}
                 point_current(bundles, other)
             if passed >= CYCLE * len(cycles):
-                print(f"{passed / 60:5.1f} min {np.mean(cycles[-1]):7.1f} MB", file=sys.stderr, flush=True)
+                pss, anonymous = np.mean(cycles[-1], axis=0)
+                said_now = f"{passed / 60:5.1f} min {pss:7.1f} MB, {anonymous:.1f} of them anonymous"
+                print(said_now, file=sys.stderr, flush=True)
                 cycles.append([])
                 service.redis.kill()
                 time.sleep(1)
@@ -160,14 +165,18 @@ def soak(service: Stack, bundles: Path, minutes: float, warm: float, rate: int) 
     finally:
         asking.terminate()
         said = asking.communicate()[0]
-    whole = [(CYCLE * (n + 0.5) / 3600, float(np.mean(seen))) for n, seen in enumerate(cycles[:-1])]
-    settled = [(at, mb) for at, mb in whole if at * 60 - CYCLE / 120 >= warm]
-    found = line(*zip(*settled, strict=True)) if len(settled) > 2 else Line(math.nan, math.nan)
+    whole = [np.mean(seen, axis=0) for seen in cycles[:-1]]
+    hours = [CYCLE * (n + 0.5) / 3600 for n in range(len(whole))]
+    counts = [n for n in range(len(whole)) if CYCLE * n >= warm * 60]
+    found: dict[str, Any] = {}
+    for kind, of_all in zip(("pss", "anonymous"), np.transpose(whole) if whole else ((), ()), strict=True):
+        grown = line([hours[n] for n in counts], [of_all[n] for n in counts]) if len(counts) > 2 else None
+        found[f"{kind}_mb"] = [round(float(mb), 1) for mb in of_all]
+        found[f"{kind}_slope_mb_a_day"] = grown and grown.slope
+        found[f"{kind}_upper_mb_a_day"] = grown and grown.upper
     return {
         **json.loads(next(row[5:] for row in said.splitlines() if row.startswith("JSON "))),
-        **done, "same_workers": service.workers() == workers,
-        "megabytes": [round(mb, 1) for _, mb in whole], "warm": first, "end": last,
-        "slope_mb_a_day": found.slope, "upper_mb_a_day": found.upper,
+        **done, "same_workers": service.workers() == workers, "warm": first, "end": last, **found,
     }  # fmt: skip
 
 
@@ -193,7 +202,7 @@ def main() -> int:
     per_second = found["requests"] / found["seconds"]
     print(f"{machine()}; {chosen.database}, {chosen.workers} workers, {per_second:.0f} requests/s")
     for field, value in found.items():
-        print(f"{field:<16}{value}")
+        print(f"{field:<26}{value}")
     print(json.dumps({"benchmark": "soak", "machine": machine(), "database": chosen.database} | found))
     return 1 if found["failed"] or found["broken"] or not found["same_workers"] else 0
 
