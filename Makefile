@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# For two cores: tests that kill and freeze servers wait more than they work.
+TESTERS ?= 3
+
 .PHONY: help setup demo train-full test check audit format lock clean
 
 help:            ## list the targets
@@ -18,7 +21,7 @@ train-full: $(VENV)/.run   ## train the full presets on MovieLens 100K and publi
 	@$(BIN)/python -m trainer run sasrec-full bert4rec-full
 
 test: check   ## lint, types and all tests
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist worksteal
 
 check: $(VENV)/.dev   ## lint and types alone
 	@$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,8 +29,11 @@ def _without_collections() -> Iterator[None]:
     """Bundles load without the collection of garbage that goes with it in a worker.
 
     Hundreds are loaded here, each of which would have all objects of all tests looked through: 0.2 s a bundle, a third
-    of the whole suite. `test_memory` and the tests with workers of their own have the real thing.
+    of the whole suite. `test_memory` and the tests with workers of their own have the real thing. Nor does anybody
+    need to look through half a million objects of imported modules again and again.
     """
+    gc.collect()
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.bundles.uncollected", nullcontext)
         patch.setattr("service.bundles.thaw", lambda: None)
