@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from shared.database import prepare_sqlite
+from shared.database import READER_KIB, prepare_sqlite
 
 _QUERY: Final = """
 SELECT seq, item_id, event_type, value, timestamp FROM events
@@ -79,7 +79,7 @@ class SqliteReader:
                 path = str(self.engine.url.database)
                 connection = self._mine.connection = sqlite3.connect(path, check_same_thread=False)
                 self._all.append(connection)
-                prepare_sqlite(connection)
+                prepare_sqlite(connection, READER_KIB)
             return connection.execute(self._QUERY, (user_id, _EVER if as_of is None else as_of)).fetchall()
         except sqlite3.Error:
             self._forget()  # the next one starts anew, whatever this one has come to

@@ -153,8 +153,14 @@ def plain_engine(url: URL, **options: Any) -> AsyncEngine:
     return create_async_engine(url, hide_parameters=True, **options)
 
 
-def create_engine(url: str, **options: Any) -> AsyncEngine:
-    """An async engine for `url`; SQLite is set up by `prepare_sqlite`."""
+READER_KIB: Final = 512
+WRITER_KIB: Final = 2_000
+"""Of pages that a connection to SQLite keeps. The system has the file's pages in memory anyway, so that a connection
+which reads needs few; one which writes many rows at a time would write the same page again and again."""
+
+
+def create_engine(url: str, *, sqlite_kib: int = WRITER_KIB, **options: Any) -> AsyncEngine:
+    """An async engine for `url`; SQLite is set up by `prepare_sqlite`, with `sqlite_kib` of pages a connection."""
     parsed = normalise(url)
     if parsed.get_backend_name() != "sqlite":
         return plain_engine(parsed, pool_pre_ping=True, **options)
@@ -164,15 +170,16 @@ def create_engine(url: str, **options: Any) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "connect")
     def set_pragmas(connection: Any, _record: Any) -> None:
-        prepare_sqlite(connection)
+        prepare_sqlite(connection, sqlite_kib)
 
     return engine
 
 
-def prepare_sqlite(connection: Any) -> None:
+def prepare_sqlite(connection: Any, kib: int = WRITER_KIB) -> None:
     """Set up a DBAPI connection to SQLite: a commit survives power loss, and workers wait their turn."""
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+    cached = f"cache_size=-{kib}"
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON", cached):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

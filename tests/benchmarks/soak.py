@@ -43,15 +43,18 @@ ITEMS: Final = 3_700
 LENGTHS: Final = (10, 50, 200)
 CONNECTIONS: Final = 16
 CHANGED: Final = 300
+ACTIVE: Final = 100_000
 SWAP: Final = 60
 CYCLE: Final = 4 * SWAP
 """Seconds; an even number of swaps, since the two bundles need not be of the same size."""
 SAMPLE: Final = 5
-# Of a hundred requests. An unknown user is a new one each time, and so is each user of some of the events.
+# Of a hundred requests. An unknown user is a new one each time, and so is each user of some of the events. Most others
+# are of some ACTIVE users, with an event or two each: histories that grew all the while would take memory of their own.
 SCRIPT: Final = """
 local n, post = 0, {["Content-Type"] = "application/json"}
 local lengths, seen = {10, 50, 200}, {}
 local function user() return "h" .. lengths[n %% 3 + 1] .. "-" .. math.random(0, %(users)d - 1) end
+local function active() return "active-" .. math.random(1, %(active)d) end
 local function item() return math.random(1, %(items)d) end
 local function event(id)
   return string.format('{"user_id":"%%s","item_id":"%%d","event_type":"view"}', id, item())
@@ -60,13 +63,15 @@ function delay() return %(delay)f end
 function request()
   n = n + 1
   local kind = math.random(1, 100)
-  if kind <= 48 then return wrk.format("GET", "/recommend/" .. user()) end
+  if kind <= 36 then return wrk.format("GET", "/recommend/" .. user()) end
+  if kind <= 48 then return wrk.format("GET", "/recommend/" .. active()) end
   if kind <= 53 then return wrk.format("GET", "/recommend/nobody-" .. n) end
   if kind <= 58 then return wrk.format("GET", "/recommend/" .. user() .. "?filter=tenth:" .. n %% 10 .. "&n=100") end
-  if kind <= 70 then return wrk.format("POST", "/events", post, event(user())) end
+  if kind <= 60 then return wrk.format("POST", "/events", post, event(user())) end
+  if kind <= 70 then return wrk.format("POST", "/events", post, event(active())) end
   if kind <= 73 then return wrk.format("POST", "/events", post, event("new-" .. n)) end
   if kind <= 76 then
-    return wrk.format("POST", "/events", post, '{"events":[' .. event(user()) .. "," .. event(user()) .. "]}")
+    return wrk.format("POST", "/events", post, '{"events":[' .. event(active()) .. "," .. event(active()) .. "]}")
   end
   if kind <= 80 then
     return wrk.format("POST", "/recommend/batch", post,
@@ -130,7 +135,14 @@ def soak(service: Stack, bundles: Path, minutes: float, warm: float, rate: int) 
     """Load, disturb and watch; `warm` minutes and then `minutes` that count."""
     script = service.folder / "soak.lua"
     script.write_text(
-        SCRIPT % {"delay": 1000 * CONNECTIONS / rate, "users": running.USERS, "items": ITEMS, "changed": CHANGED}
+        SCRIPT
+        % {
+            "delay": 1000 * CONNECTIONS / rate,
+            "users": running.USERS,
+            "items": ITEMS,
+            "changed": CHANGED,
+            "active": ACTIVE,
+        }
     )
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{round((warm + minutes) * 60)}s", "--timeout", "10s"]
     asking = subprocess.Popen([*command, "-s", str(script), service.url], stdout=subprocess.PIPE, text=True)
