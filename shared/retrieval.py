@@ -46,6 +46,8 @@ SCORES: Final = 1 << 20
 """Products that are made at a time: 4 MB."""
 GATHERED: Final = 2_048
 """Vectors that are gathered at a time: at width 64 half a megabyte, which stays in the processor's cache."""
+RANKED: Final = 2
+"""Up to so many times what is asked for, items are ranked all: choosing among them first would cost more."""
 _SORTED: Final = 1_000  # items: up to here sorting all costs less than finding the best first
 
 
@@ -176,7 +178,7 @@ class Retriever:
 
     def _narrowed(self, query: Vectors, items: IntArray, count: int, path: str) -> Candidates:
         """`items`, but no more than the ranking of `count` candidates should have to look at."""
-        return Candidates(items if len(items) <= 2 * count else self.rank(query, items, count).items, path)
+        return Candidates(items if len(items) <= RANKED * count else self.rank(query, items, count).items, path)
 
     def similar(self, item: ItemIndex, count: int, scope: Scope) -> Retrieval:
         """The `count` items that `scope` permits whose vectors point most nearly where that of `item` does.
@@ -228,13 +230,14 @@ class Retriever:
         `scores` are the products with the prefix, where somebody has made them; they are overwritten.
         """
         if scope.wanted is not None and span.is_gathered(scope):
-            rows = np.flatnonzero(scope.wanted[1 : span.n + 1])  # (R,)
-            scores = self._gathered(rows, query)
-            if scales is not None:
-                scores *= scales[rows]
-            for barred in (scope.banned, span.blocked):
-                scores[_places(rows, barred - 1)] = -np.inf
-            found, path = rows[top(scores, count)] + 1, "gather"
+            found, path = np.flatnonzero(scope.wanted[: span.n + 1]), "gather"
+            if len(found) > RANKED * count:
+                scores = self._gathered(found - 1, query)  # (R,)
+                if scales is not None:
+                    scores *= scales[found - 1]
+                for barred in (scope.banned, span.blocked):
+                    scores[_places(found, barred)] = -np.inf
+                found = found[top(scores, count)]
         else:
             scores = self.vectors[: span.n] @ query if scores is None else scores[: span.n]  # (n,)
             if scales is not None:
@@ -279,13 +282,11 @@ class Retriever:
         return np.asarray(labels[0], np.int64) + 1
 
 
-def _places(rows: IntArray, wanted: IntArray) -> IntArray:
-    """Places in the ascending `rows` (R,) of those of `wanted` that are among them."""
-    if not len(rows):
-        return np.zeros(0, np.int64)
-    at: IntArray = rows.searchsorted(wanted)
-    at[at == len(rows)] = 0
-    return at[np.equal(rows[at], wanted)]
+def _places(items: IntArray, wanted: IntArray) -> IntArray:
+    """Places in the ascending `items` (E,), of which there are some, of those of `wanted` that are among them."""
+    at: IntArray = items.searchsorted(wanted)
+    at[at == len(items)] = 0
+    return at[np.equal(items[at], wanted)]
 
 
 def top(scores: Vectors, count: int) -> IntArray:

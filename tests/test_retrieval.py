@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hnswlib
@@ -15,7 +16,7 @@ from shared import retrieval
 from shared.catalogue import Availability, Catalogue, Item, ItemChange
 from shared.encoder import Vectors
 from shared.events import IntArray
-from shared.retrieval import Mode, Retriever, Scope, build_index, load_index, top
+from shared.retrieval import Mode, Retriever, Scope, Span, build_index, load_index, top
 from trainer.evaluate import index_recall
 
 N, WIDTH = 120, 8
@@ -149,6 +150,33 @@ def test_similar_is_by_cosine_and_exact_in_every_mode(mode: Mode, count: int, sh
         assert len(set(found.items.tolist())) == len(best)
         np.testing.assert_allclose(found.scores, best, atol=1e-5)
         np.testing.assert_allclose(cosines[found.items - 1], best, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("piece", [1, 7, N])
+def test_gathering_in_pieces_chooses_among_what_is_permitted(
+    seed: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "GATHER_SHARE", 1.0)
+    monkeypatch.setattr(retrieval, "GATHERED", piece)
+    rng = np.random.default_rng(seed)
+    vectors = vectors_of(seed) * rng.uniform(0.1, 10, (N, 1)).astype(np.float32)
+    wanted = rng.random(N + 1) < 0.6
+    wanted[0] = False
+    nothing = Scope(world(seed), NOW, np.zeros(0, np.int64), wanted)
+    blocked = Span.of(nothing).blocked
+    blocked = blocked[wanted[blocked]]
+    assert len(blocked) > 1
+    query = vectors[blocked - 1].sum(axis=0)  # what does not exist scores well, and so does what is banned
+    scope = replace(nothing, banned=np.array(brute_force(query, vectors, nothing, 20)[::2]))
+    found = Retriever(vectors, None).retrieve(query, 3, scope)
+    assert found.path == "gather"
+    assert found.items.tolist() == brute_force(query, vectors, scope, 3)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    for item in blocked.tolist():
+        near = Retriever(vectors, None).similar(item, 3, scope)
+        assert near.path == "gather"
+        assert near.items.tolist() == brute_force(vectors[item - 1], vectors / lengths, scope, 3)
 
 
 def test_equal_scores_come_by_index(mode: Mode) -> None:
