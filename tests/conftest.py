@@ -6,6 +6,7 @@ import gc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Final
 
 import hypothesis
 import pytest
@@ -22,6 +23,15 @@ hypothesis.settings.register_profile(
     "upnext", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
 )
 hypothesis.settings.load_profile("upnext")
+
+
+LONGEST: Final = ("test_readme.py", "test_demo.py", "test_ddp.py", "test_crash.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take longest come first: begun last, one of them would have all other processes wait for its end."""
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
