@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.catalogue import CatalogueUnavailable, LiveCatalogue
 from service.errors import CatalogueDown, NoBundle, UnknownModel
-from service.memory import thaw, trim, uncollected
+from service.memory import trim, uncollected
 from service.metrics import Metrics
 from service.queries import QueryVectors
 from service.settings import Settings
@@ -184,7 +184,6 @@ class Live:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        thaw()
 
     @property
     def policy(self) -> HistoryPolicy:

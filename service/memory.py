@@ -42,11 +42,6 @@ def uncollected() -> Iterator[None]:
         gc.set_threshold(*usual)
 
 
-def thaw() -> None:
-    """Let the collector see everything again: a process that goes on, as that of tests does, may have it collected."""
-    gc.unfreeze()
-
-
 def settle_allocator() -> None:
     """Have glibc keep little of what is freed. To be called before there are threads.
 

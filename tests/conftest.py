@@ -46,7 +46,6 @@ def _without_collections() -> Iterator[None]:
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.bundles.uncollected", nullcontext)
-        patch.setattr("service.bundles.thaw", lambda: None)
         yield
 
 

@@ -20,6 +20,7 @@ class Knot:
 
 @pytest.fixture(autouse=True)
 def _thawed() -> Iterator[None]:
+    gc.unfreeze()
     yield
     gc.unfreeze()
     gc.collect()
