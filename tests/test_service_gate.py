@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,10 @@ class Case:
 
 
 def some(elements: Sequence[str], most: int) -> st.SearchStrategy[tuple[str, ...]]:
-    return st.lists(st.sampled_from(elements), max_size=most, unique=True).map(tuple)
+    """Up to `most` of `elements`, every number as often as any other. One choice: hundreds of small ones take long."""
+    found = [list(combinations(elements, length)) for length in range(most + 1)]
+    longest = max(map(len, found))
+    return st.sampled_from([chosen for alike in found for chosen in alike * (longest // len(alike))])
 
 
 FILTERS = st.builds(
@@ -70,6 +74,8 @@ FILTERS = st.builds(
     st.none() | st.none() | DAYS,
     st.none() | st.none() | DAYS,
 )
+ITEMS = st.tuples(some(CATEGORIES, 3), st.just(BEGINNING) | DAYS, ENDS, SELDOM)
+CHANGED = st.tuples(st.none() | some(CATEGORIES, 3), st.none() | DAYS, st.none() | ENDS, SELDOM)
 
 
 @st.composite
@@ -79,31 +85,16 @@ def cases(
     count = draw(st.integers(1, 25))
     ids = [f"i{r}" for r in range(count)]
     anywhere = st.sampled_from([*ids, "new-a", "new-b", "new-c", "unheard-of"])
-    items = tuple(
-        Item(
-            i,
-            None,
-            draw(some(CATEGORIES, 3)),
-            draw(st.one_of(st.just(BEGINNING), DAYS)),
-            draw(ENDS),
-            draw(SELDOM),
-        )
-        for i in ids
-    )
-    number = st.integers(-2, 2).map(float)
-    rows = st.lists(number, min_size=WIDTH, max_size=WIDTH)
-    vectors = np.array(draw(st.lists(rows, min_size=count, max_size=count)), np.float32)
-    table = np.array(draw(st.lists(rows, min_size=count + 2, max_size=count + 2)), np.float32)
+    items = tuple(Item(i, None, *draw(ITEMS)) for i in ids)
+    numbers = np.random.default_rng(draw(st.integers(0, 2**16)))
+    vectors, table = (numbers.integers(-2, 3, (rows, WIDTH)).astype(np.float32) for rows in (count, count + 2))
     views = tuple(draw(st.lists(st.tuples(st.sampled_from(ids), DAYS), max_size=10)))
     heard = anywhere if known_history else st.sampled_from(["unheard-of", "new-a", "new-b"])
     events = draw(st.lists(st.tuples(heard, DAYS), max_size=8))
     changes = [
-        ItemChange(
-            i, None, draw(st.none() | some(CATEGORIES, 3)), draw(st.none() | DAYS),
-            draw(st.none() | ENDS), draw(SELDOM), revision,
-        )
+        ItemChange(i, None, *draw(CHANGED), revision)
         for revision, i in enumerate(draw(st.lists(anywhere, max_size=9)) if changed else [], start=1)
-    ]  # fmt: skip
+    ]
     timed = draw(st.booleans())
     question = Question(
         user_id=None if brought else "u",

@@ -48,7 +48,7 @@ SWAP: Final = 60
 CYCLE: Final = 4 * SWAP
 """Seconds; an even number of swaps, since the two bundles need not be of the same size."""
 SAMPLE: Final = 1
-"""Seconds; what a worker takes more while it loads a bundle is there for one or two: half as often it would be chance."""
+"""Seconds; what a worker takes more while it loads a bundle is there for one or two."""
 # Of a hundred requests. An unknown user is a new one each time, and so is each user of some of the events. Most others
 # are of some ACTIVE users, with an event or two each: histories that grew all the while would take memory of their own.
 SCRIPT: Final = """
