@@ -15,10 +15,11 @@ from trainer.config import (
     MetadataConfig,
     RunConfig,
     load_config,
+    one_data,
     preset_names,
     settings,
 )
-from trainer.pipeline import Run, identity, one_data
+from trainer.pipeline import Run, identity
 
 MINE = """
 name: mine

@@ -50,7 +50,11 @@ def test_the_reader_of_imports_finds_hidden_ones() -> None:
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("service.main", LEARNING | {"trainer"}), ("shared.bundle", LEARNING | SERVING), ("trainer.__main__", SERVING)],
+    [
+        ("service.main", LEARNING | {"trainer"}),
+        ("shared.bundle", LEARNING | SERVING),
+        ("trainer.__main__", SERVING | {"torch", "pytorch_lightning", "onnx"}),
+    ],
 )
 @pytest.mark.slow
 def test_importing_leaves_the_other_side_out(module: str, absent: set[str]) -> None:

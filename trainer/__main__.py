@@ -22,32 +22,26 @@ from shared.bundle import Bundle, BundleError, current_version
 from shared.catalogue import CatalogueError
 from shared.database import SchemaError
 from shared.retrieval import Mode
-from trainer import pipeline, shelf
-from trainer.backup import BackupError, backup, restore
-from trainer.cold import cold_table, hold_out, measure_cold
-from trainer.compare import Asked, CompareError, compare, comparison_table, load_ranks
-from trainer.config import ConfigError, RunConfig, load_config, preset_names, settings
-from trainer.dataset import Dataset, DatasetError, load_dataset
+from trainer import shelf
+from trainer.backup import backup, restore
+from trainer.compare import Asked, compare, comparison_table, load_ranks
+from trainer.config import ConfigError, Fit, RunConfig, load_config, one_data, preset_names, settings
+from trainer.dataset import Dataset, load_dataset
 from trainer.embeddings import check_vectors_file, item_vectors, user_vectors, write_vectors
-from trainer.export import ExportError, export
-from trainer.pipeline import Run
+from trainer.errors import TrainerError
 from trainer.predict import check_table, write_table
 from trainer.predict import predict as predict_lists
-from trainer.publish import Fit, PublishRefusedError, index_of, self_recall
 from trainer.replay import Options, ReplayError, replay, replay_table, service_at
 from trainer.seed import seed_log
-from trainer.sources import SOURCES, RawData, SourceError, describe
+from trainer.sources import SOURCES, RawData, describe
 from trainer.sources.vectors import save_vectors
 from trainer.splits import split_of
-from trainer.sweep import fixed, sweep, sweep_table
-from trainer.titles import TFIDF, TextError, text_vectors
-from trainer.train import Share, TrainingError
-from trainer.warm import WarmStartError
+from trainer.titles import TFIDF, text_vectors
 
-KNOWN_ERRORS = (
-    BackupError, BundleError, CatalogueError, CompareError, ConfigError, DatasetError, ExportError,
-    PublishRefusedError, SchemaError, SourceError, TextError, TrainingError, WarmStartError,
-)  # fmt: skip
+# Commands that train import pipeline, train, export and the like by themselves: torch and Lightning take seconds, for
+# which nobody should wait who looks at data or asks for help.
+
+KNOWN_ERRORS = (TrainerError, BundleError, CatalogueError, SchemaError)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,7 +112,7 @@ def configs_of(words: list[str]) -> list[RunConfig]:
     if not presets:
         raise ConfigError(f"name a preset: {', '.join(preset_names())}, or a YAML file")
     configs = [load_config(preset, overrides) for preset in presets]
-    pipeline.one_data(configs)
+    one_data(configs)
     return configs
 
 
@@ -166,6 +160,8 @@ def run(
     resume: Resume = False,
 ) -> None:
     """Train, evaluate, refit on everything and publish: from data to a live bundle."""
+    from trainer import pipeline
+
     configs = configs_of(presets)
     target = pipeline.run(configs, dataset_of(configs[0]), runs, bundles, say, force=force, resume=resume)
     say(f"published {target} and made it current")
@@ -181,6 +177,9 @@ def train(
     resume: Resume = False,
 ) -> None:
     """Train only; checkpoints and TensorBoard files go to `runs/<name>/<fit>`."""
+    from trainer import pipeline
+    from trainer.train import Share
+
     configs = configs_of(presets)
     dataset = dataset_of(configs[0])
     for config in configs:
@@ -194,12 +193,14 @@ def train(
 @app.command()
 def evaluate(names: Models, runs: Runs = Path("runs")) -> None:
     """Test metrics of split fits: through a bundle (ONNX and retrieval), by torch, and popularity beside them."""
+    from trainer import pipeline
+
     fitted = {name: pipeline.restore(runs, name, "split") for name in names}
     configs = [config for config, _ in fitted.values()]
-    pipeline.one_data(configs)
+    one_data(configs)
     dataset = dataset_of(configs[0])
     for name in names:
-        Run.of(runs, name, "split").check_data(dataset)
+        pipeline.Run.of(runs, name, "split").check_data(dataset)
     evaluation = configs[0].evaluation
     split = split_of(dataset, evaluation)
     against = pipeline.rivals(split, evaluation)
@@ -220,11 +221,15 @@ def compare_command(
 @export_app.command("onnx")
 def export_onnx(names: Models, runs: Runs = Path("runs"), fit: Which = "all") -> None:
     """torch to ONNX, refused when both do not answer the same."""
+    from trainer import pipeline
+    from trainer.export import export
+
     for name in names:
         config, model = pipeline.restore(runs, name, fit)
         exported = export(model.encoder, config)
-        Run.of(runs, name, fit).save_export(exported)
-        say(f"{name}: {Run.of(runs, name, fit).folder / 'export'}; {exported.parity}")
+        one = pipeline.Run.of(runs, name, fit)
+        one.save_export(exported)
+        say(f"{name}: {one.folder / 'export'}; {exported.parity}")
 
 
 @export_app.command("embeddings")
@@ -256,6 +261,8 @@ def sweep_command(
     trials: Annotated[int | None, typer.Option(min=1, help="Only so many combinations, drawn at random.")] = None,
 ) -> None:
     """Train a preset with each combination of settings, and rank them by validation NDCG@10; the test stays unseen."""
+    from trainer.sweep import fixed, sweep, sweep_table
+
     dataset = dataset_of(load_config(preset, fixed(settings)))
     say(sweep_table(sweep(preset, settings, dataset, runs, trials, say)))
 
@@ -263,6 +270,9 @@ def sweep_command(
 @app.command()
 def index(names: Models, runs: Runs = Path("runs"), fit: Which = "all") -> None:
     """Build the HNSW index of an export beside its vectors, and say how well it finds them; `publish` takes it."""
+    from trainer.pipeline import Run
+    from trainer.publish import index_of, self_recall
+
     for name in names:
         one = Run.of(runs, name, fit)
         exported = one.exported()
@@ -281,8 +291,10 @@ def publish(
     force: Force = False,
 ) -> None:
     """Make a bundle of exports and point CURRENT at it."""
-    configs = [Run.of(runs, name, fit).config() for name in names]
-    pipeline.one_data(configs)
+    from trainer import pipeline
+
+    configs = [pipeline.Run.of(runs, name, fit).config() for name in names]
+    one_data(configs)
     target = pipeline.publish_runs(runs, names, dataset_of(configs[0]), bundles, fit, say, force=force)
     say(f"published {target} and made it current")
 
@@ -379,6 +391,8 @@ def cold(
     runs: Runs = Path("runs"),
 ) -> None:
     """Hold items out of training and find them by their metadata alone."""
+    from trainer.cold import cold_table, hold_out, measure_cold
+
     for config in configs_of(presets):
         folder = runs / config.name / "cold"
         shutil.rmtree(folder, ignore_errors=True)

@@ -44,6 +44,7 @@ from shared.database import (
     normalise,
 )
 from shared.erasure import Tombstones, TombstonesError, read_tombstones
+from trainer.errors import TrainerError
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -69,7 +70,7 @@ ITEMS_SCHEMA: Final = pl.Schema(
 Say = Callable[[str], None]
 
 
-class BackupError(Exception):
+class BackupError(TrainerError):
     """A backup that cannot be written, or must not be restored."""
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from shared.events import IntArray
 from trainer.dataset import Cases
+from trainer.errors import TrainerError
 from trainer.metrics import Paired, case_values, paired, user_means
 
 COMPARED: Final = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20")
@@ -22,7 +23,7 @@ RANKS: Final[dict[Asked, str]] = {"test": "ranks.npz", "validation": "validation
 """Which held-out events -> the file in a run's folder with the rank of each."""
 
 
-class CompareError(Exception):
+class CompareError(TrainerError):
     """Two runs whose figures cannot be compared, or a run without saved ranks."""
 
 

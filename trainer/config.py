@@ -20,12 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shared.bundle import MODEL_PATTERN
 from shared.events import HistoryPolicy
 from shared.sequences import Clock
+from trainer.errors import TrainerError
 from trainer.sources import SOURCES, SourceConfig
 
 PRESETS = Path(__file__).parent / "configs"
 AvailabilityPolicy = Literal["first_event", "always"]
 BlockKind = Literal["pre_norm", "original", "gated"]
 Fusion = Literal["add", "concat", "gate"]
+Fit = Literal["split", "all"]
+"""Whether the weights saw the held-out events."""
 Loss = Literal["cross_entropy", "sampled_softmax", "gbce", "bce"]
 LOSS_SETTINGS: Final = {
     "negatives": ("sampled_softmax", "gbce", "bce"),
@@ -35,7 +38,7 @@ LOSS_SETTINGS: Final = {
 """Setting of training -> the losses that read it."""
 
 
-class ConfigError(Exception):
+class ConfigError(TrainerError):
     """Settings that cannot be used; the message says which and what to write instead."""
 
 
@@ -251,6 +254,19 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     except Exception as error:  # the YAML reader's own errors carry line and column
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     return validate(RunConfig, values, str(path))
+
+
+def one_data(configs: Sequence[RunConfig]) -> None:
+    """Models of one bundle share one catalogue, so they must be trained on the same data. Raises ConfigError."""
+    if any(c.data != configs[0].data for c in configs):
+        raise ConfigError("these presets differ in `data`; models of one bundle must be trained on the same data")
+    if len({c.publish.refit for c in configs}) > 1:
+        raise ConfigError("these presets differ in publish.refit; models of one bundle are fitted alike")
+    if any(c.evaluation != configs[0].evaluation for c in configs):
+        raise ConfigError("these presets differ in `evaluation`; figures of one bundle must mean the same")
+    names = [c.name for c in configs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two presets have the same name ({', '.join(names)}); set name=... in one of them")
 
 
 def settings() -> list[tuple[str, str, str]]:

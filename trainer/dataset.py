@@ -17,11 +17,12 @@ from shared.events import BoolArray, Events, HistoryPolicy, IntArray, history_of
 from shared.popularity import Popularity
 from shared.times import BEGINNING, END, UNDATED, render
 from trainer.config import AvailabilityPolicy, DataConfig
+from trainer.errors import TrainerError
 from trainer.sources import RawData, load_source
 from trainer.sources.vectors import read_vectors
 
 
-class DatasetError(Exception):
+class DatasetError(TrainerError):
     """Data that no model can be trained on."""
 
 

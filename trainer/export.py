@@ -26,6 +26,7 @@ from shared.sequences import mask_index, pack
 from shared.times import SECOND
 from shared.tower import TOWER, TOWER_SPEC, ItemTower, TowerSpec
 from trainer.config import RunConfig
+from trainer.errors import TrainerError
 from trainer.items import ItemTable
 from trainer.transformer import Encoder
 
@@ -40,7 +41,7 @@ OPSET: Final = 23
 Weights = Mapping[str, NDArray[np.float32]]
 
 
-class ExportError(Exception):
+class ExportError(TrainerError):
     """The exported network does not say what the trained one says; it must not be published."""
 
 

@@ -28,13 +28,13 @@ from shared.popularity import Popularity
 from shared.retrieval import load_index
 from trainer.baselines import rival_ranks
 from trainer.compare import RANKS, CaseRanks
-from trainer.config import ConfigError, EvaluationConfig, RunConfig, validate
+from trainer.config import ConfigError, EvaluationConfig, Fit, RunConfig, one_data, validate
 from trainer.dataset import Cases, Dataset, Sequences, Split, everything
 from trainer.evaluate import TOP, list_ranks, served_metrics
 from trainer.export import Exported, Tower, export
 from trainer.items import digest, features_of
 from trainer.metrics import intervals, metrics
-from trainer.publish import Candidate, Fit, check_gate, measure, publish
+from trainer.publish import Candidate, check_gate, measure, publish
 from trainer.report import write_report
 from trainer.shelf import retire
 from trainer.sources.config import SqlSource
@@ -186,19 +186,6 @@ def identity(config: RunConfig, dataset: Dataset) -> str:
     known = digest(dataset, config.model.metadata.fields)
     text = json.dumps([settings, config.evaluation.held_out, dataset.info().fingerprint, known], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def one_data(configs: Sequence[RunConfig]) -> None:
-    """Models of one bundle share one catalogue, so they must be trained on the same data. Raises ConfigError."""
-    if any(c.data != configs[0].data for c in configs):
-        raise ConfigError("these presets differ in `data`; models of one bundle must be trained on the same data")
-    if len({c.publish.refit for c in configs}) > 1:
-        raise ConfigError("these presets differ in publish.refit; models of one bundle are fitted alike")
-    if any(c.evaluation != configs[0].evaluation for c in configs):
-        raise ConfigError("these presets differ in `evaluation`; figures of one bundle must mean the same")
-    names = [c.name for c in configs]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two presets have the same name ({', '.join(names)}); set name=... in one of them")
 
 
 def train(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import hnswlib
 
@@ -30,18 +30,17 @@ from shared.bundle import (
 )
 from shared.popularity import Popularity
 from shared.retrieval import Retriever, build_index, links
-from trainer.config import IndexConfig, RunConfig
+from trainer.config import Fit, IndexConfig, RunConfig
 from trainer.dataset import Cases, Dataset, Split
+from trainer.errors import TrainerError
 from trainer.evaluate import TOP, Served, encode_cases, index_recall, served_lists
 from trainer.export import Exported
 
 GATE_METRIC: Final = "ndcg@10"
 RECALL_QUERIES: Final = 2_000
-Fit = Literal["split", "all"]
-"""Whether the weights saw the held-out events."""
 
 
-class PublishRefusedError(Exception):
+class PublishRefusedError(TrainerError):
     """A model that is worse than what it would replace; nothing was changed."""
 
 

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from shared.categories import field_of
 from trainer.dataset import Dataset
+from trainer.errors import TrainerError
 from trainer.sources.vectors import ItemVectors
 
 TFIDF: Final = "tfidf"
 TITLE: Final = "title"
 
 
-class TextError(Exception):
+class TextError(TrainerError):
     """Items about which nothing is written, or a text model that cannot be loaded."""
 
 

@@ -28,6 +28,7 @@ from shared.tower import TowerSpec
 from trainer.config import RunConfig, TrainingConfig
 from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
+from trainer.errors import TrainerError
 from trainer.evaluate import full_ranks, vector_scores
 from trainer.items import Features
 from trainer.metrics import metrics
@@ -39,7 +40,7 @@ MONITOR: Final = "val_ndcg@10"
 EVALUATION_BATCH: Final = 64
 
 
-class TrainingError(Exception):
+class TrainingError(TrainerError):
     """A training that cannot go on."""
 
 

@@ -14,11 +14,12 @@ from shared.events import IntArray
 from shared.times import parse
 from shared.tower import TOWER_SPEC, TowerSpec
 from trainer.dataset import Dataset, Split
+from trainer.errors import TrainerError
 from trainer.export import Weights
 from trainer.transformer import Encoder
 
 
-class WarmStartError(Exception):
+class WarmStartError(TrainerError):
     """A bundle that cannot give the first weights of this model."""
 
 

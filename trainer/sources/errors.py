@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from trainer.errors import TrainerError
 
-class SourceError(Exception):
+
+class SourceError(TrainerError):
     """A source could not be read; the base of every error of `trainer.sources`."""
 
 
