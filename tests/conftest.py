@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +48,22 @@ def _without_collections() -> Iterator[None]:
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.bundles.uncollected", nullcontext)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_table_of_operators() -> Iterator[None]:
+    """The exporter of torch builds the same table of operators for each export, a quarter of its time: once is enough.
+
+    With tests that never meet torch there is nothing to do.
+    """
+    if "torch" not in sys.modules:
+        yield
+        return
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         yield
 
 

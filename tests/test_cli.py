@@ -29,6 +29,7 @@ from trainer.__main__ import main
 ITEMS = 12
 MODEL = {"kind": "sasrec", "hidden_units": 16, "blocks": 1, "dropout": 0.0, "max_length": 8}
 TRAINING = {"epochs": 12, "batch_size": 16, "lr": 0.02, "threads": 1, "accelerator": "cpu"}
+ONE_FIT = "publish.refit=false"  # half the training, where a second fit on everything would show nothing
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def test_a_model_that_popularity_beats_is_refused_and_changes_nothing(place: Pla
     slow = ("training.epochs=1", "training.lr=1e-9", "training.batch_size=128")
     with unchanged(bundles):
         assert "popularity" in refused("run", here.preset, *slow, *here.runs, *place.bundles)
-    forced = trainer("run", here.preset, *slow, *here.runs, *here.bundles, "--force")
+    forced = trainer("run", here.preset, *slow, ONE_FIT, *here.runs, *here.bundles, "--force")
     assert "made it current" in forced
 
 
@@ -273,7 +274,7 @@ def ending_alike(user: int) -> list[Row]:
 @pytest.mark.slow
 def test_a_temporal_split_goes_through_to_the_manifest(place: Place, tmp_path: Path) -> None:
     here = Place(tmp_path, place.preset)
-    settings = ("evaluation.split=temporal", "evaluation.quantile=0.8", "evaluation.cutoffs=[1,10,50]")
+    settings = ("evaluation.split=temporal", "evaluation.quantile=0.8", "evaluation.cutoffs=[1,10,50]", ONE_FIT)
     said = trainer("run", here.preset, *settings, *here.runs, *here.bundles)
     protocol = here.live().manifest.models["circle"].metrics["protocol"]
     assert protocol.startswith("temporal split after 2020-")
@@ -296,7 +297,7 @@ def test_a_temporal_split_of_data_without_times_is_refused(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_runs_are_compared_user_by_user(place: Place, tmp_path: Path) -> None:
-    slow = ("training.epochs=1", "training.lr=1e-9")
+    slow = ("training.epochs=1", "training.lr=1e-9", ONE_FIT)
     trainer("run", place.preset, *slow, "--runs", tmp_path, "--bundles", tmp_path / "bundles", "--force")
     chosen_by = trainer("compare", tmp_path / "circle", "circle", *place.runs, "--on", "validation")
     fit = json.loads((place.folder / "runs/circle/split/fit.json").read_text())
@@ -323,7 +324,6 @@ def test_a_run_leaves_a_report(ran: tuple[Place, str]) -> None:
 # --- the log ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def parity(folder: Path) -> Path:
     """The preset of a circle whose items have a title and a parity."""
     rows = "".join(f"{i},Item {i} {'even' if i % 2 == 0 else 'odd'},{i % 2}\n" for i in range(1, ITEMS + 1))
@@ -338,6 +338,7 @@ def parity(folder: Path) -> Path:
     return preset(folder, folder / "events.csv", data={"source": source})
 
 
+@pytest.mark.slow
 def test_metadata_goes_from_an_items_file_to_the_bundle(tmp_path: Path) -> None:
     place = Place(tmp_path, parity(tmp_path))
     said = trainer("vectors", place.preset, "--out", tmp_path / "titles.tsv", "--text", "title,parity", "--width", "4")
@@ -365,6 +366,7 @@ def test_metadata_goes_from_an_items_file_to_the_bundle(tmp_path: Path) -> None:
     assert ItemTower.load(place.live().path / "models" / "circle") is not None
 
 
+@pytest.mark.slow
 def test_items_are_held_out_and_found(tmp_path: Path) -> None:
     place = Place(tmp_path, parity(tmp_path))
     words = ("model.metadata.fields=[parity]", "training.epochs=2", *place.runs, "--share", "0.25")
@@ -407,7 +409,7 @@ def test_the_url_of_the_log_may_stand_in_the_environment(tmp_path: Path, monkeyp
 def test_data_without_times_trains_with_the_rule_off_and_says_so(tmp_path: Path) -> None:
     file = events_file(tmp_path / "events.csv", cyclic_events(ITEMS, users=40, longest=9), times=False)
     here = Place(tmp_path, preset(tmp_path, file, times=False))
-    said = trainer("run", here.preset, *here.runs, *here.bundles)
+    said = trainer("run", here.preset, ONE_FIT, *here.runs, *here.bundles)
     assert "note: no times: the order of the file counts, time rules are off" in said
     bundle = here.live()
     assert not bundle.manifest.data.has_times

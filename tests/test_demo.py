@@ -179,7 +179,7 @@ def write_world(folder: Path) -> str:
     with (folder / "items.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("item", "title"), *((i, f"Item {i}") for i in ITEMS)])
     for kind in ("sasrec", "bert4rec"):
-        (folder / f"{kind}.yaml").write_text(PRESET.format(kind=kind, epochs=30))
+        (folder / f"{kind}.yaml").write_text(PRESET.format(kind=kind, epochs=15))
     return "sasrec.yaml bert4rec.yaml"
 
 
