@@ -21,7 +21,7 @@ train-full: $(VENV)/.run   ## train the full presets on MovieLens 100K and publi
 	@$(BIN)/python -m trainer run sasrec-full bert4rec-full
 
 test: check   ## lint, types and all tests
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist worksteal
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile
 
 check: $(VENV)/.dev   ## lint and types alone
 	@$(BIN)/ruff check .

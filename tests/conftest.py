@@ -27,12 +27,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("upnext")
 
 
-LONGEST: Final = ("test_readme.py", "test_demo.py", "test_ddp.py", "test_crash.py", "test_cli.py")
+LONGEST: Final = (
+    "cli",
+    "readme",
+    "options",
+    "items",
+    "demo",
+    "service_launcher",
+    "service_gate",
+    "ddp",
+    "train",
+    "crash",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that take longest come first: begun last, one of them would have all other processes wait for its end."""
-    place = {name: at for at, name in enumerate(LONGEST)}
+    """Files that take longest come first: begun last, one of them would have all other processes wait for its end.
+
+    Each goes to one process (`--dist loadfile`), since its tests share what they train.
+    """
+    place = {f"test_{name}.py": at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
