@@ -31,7 +31,7 @@ from service.memory import trim, uncollected
 from service.metrics import Metrics
 from service.queries import QueryVectors
 from service.settings import Settings
-from shared.bundle import CURRENT, Bundle, BundleError, Model, current_version
+from shared.bundle import CURRENT, Bundle, BundleError, Model, current_version, previous_version
 from shared.catalogue import Availability, Item, ItemChange, NewItems
 from shared.categories import Categories
 from shared.database import SchemaError, check_schema
@@ -55,6 +55,7 @@ class Serving:
         self.bundle = bundle
         self.queries = {name: QueryVectors(model.encoder, query_vectors) for name, model in bundle.models.items()}
         self.known = len(bundle.catalogue)  # item indices up to here have vectors
+        self.created = parse(bundle.manifest.created)  # epoch microseconds
         self.new = NewItems(self.known)
         self.availability = Availability.of(bundle.catalogue)
         self.categories = Categories.of(bundle.catalogue)
@@ -201,11 +202,22 @@ class Live:
             raise CatalogueDown(f"Withdrawn items are not known yet: {self.catalogue_failure}")
         return self.serving
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the newest bundle is the live one, as far as is known."""
+        return self.serving is not None and self.bundle_failure is None
+
+    def published(self, item_id: ItemId) -> Item | None:
+        """What the live bundle says of the item; None without a bundle, or when it does not have it."""
+        if self.serving is None:
+            return None
+        catalogue = self.serving.bundle.catalogue
+        index = catalogue.index_by_id.get(item_id)
+        return None if index is None else catalogue[index]
+
     def knows(self, item_id: ItemId) -> bool:
         """Whether the live bundle or the live catalogue has the item."""
-        return item_id in self._changes or (
-            self.serving is not None and item_id in self.serving.bundle.catalogue.index_by_id
-        )
+        return item_id in self._changes or self.published(item_id) is not None
 
     def apply(self, changes: Iterable[ItemChange]) -> None:
         """Put changes in force here; those that are in force already, or older, are passed over."""
@@ -253,6 +265,7 @@ class Live:
         except BundleError as error:
             if self._attempted != str(error):
                 self._failed(str(error), error)
+                await self._go_back()
             return
         if version == self._attempted and time.monotonic() < self._retry_at:
             return
@@ -270,15 +283,37 @@ class Live:
             self._retry_at = time.monotonic() + self._retry_after
             self._retry_after = min(2 * self._retry_after, LAST_RETRY)
             self._failed(version, error)
+            await self._go_back()
             return
+        self.bundle_failure = None
+        await self._go_live(serving, held)
+
+    async def _go_back(self) -> None:
+        """Where nothing is live yet, serve what was live before; that CURRENT cannot be served is told all the same."""
+        if self.serving is not None:
+            return
+        folder, held = self.settings.bundles, dict(self._changes)
+        try:
+            version = await asyncio.to_thread(previous_version, folder)
+            if version is None or version == self._attempted:
+                return
+            serving = await asyncio.to_thread(_load, folder / version, self.settings, held)
+        except Exception as error:  # whatever is wrong with it: there is nothing else to go back to
+            log.warning("nor can the bundle before it: %s", error)
+            return
+        await self._go_live(serving, held)
+
+    async def _go_live(self, serving: Serving, held: Mapping[ItemId, ItemChange]) -> None:
+        """Answer from `serving`, which was loaded with the changes `held`."""
+        version = serving.bundle.version
         # Changes that came while it was loading; the awaits are over, so none can slip in between.
         serving.apply(c for i, c in self._changes.items() if held.get(i) is not c)
         if self.serving is not None:
             self._former.add(self.serving)
             self.metrics.bundle_workers.labels(self.serving.bundle.version).set(0)
-        self.serving, self.bundle_failure = serving, None
+        self.serving = serving
         self.metrics.bundle_workers.labels(version).set(1)
-        self.metrics.bundle_created.set(parse(serving.bundle.manifest.created) / SECOND)
+        self.metrics.bundle_created.set(serving.created / SECOND)
         self.metrics.bundle_loaded.set(time.time())
         log.info("bundle is live", extra={"fields": {"version": version}})
         if len(self._former):  # the allocator keeps what the old one and the loading took, unless told

@@ -8,11 +8,12 @@ last revision it saw misses none.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import null, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.commit import SECONDS as WRITE_SECONDS
 from service.history import database_failures_as, reading
@@ -33,6 +34,16 @@ class CatalogueUnavailable(Exception):  # noqa: N818 - says what it is
     """The live catalogue could not be read or written."""
 
 
+class Fields(NamedTuple):
+    """What a row says of an item; None leaves the bundle's value in force. Times are epoch microseconds."""
+
+    title: str | None = None
+    categories: tuple[str, ...] | None = None
+    available_from: int | None = None
+    available_until: int | None = None
+    withdrawn: bool = False
+
+
 class LiveCatalogue:
     """Reads and writes the table `items`. All methods raise CatalogueUnavailable when SQL fails."""
 
@@ -43,32 +54,25 @@ class LiveCatalogue:
     async def get(self, item_id: ItemId) -> ItemChange | None:
         """The item's row; None when nothing was changed since the bundle."""
         async with reading(self.engine, CatalogueUnavailable) as connection:
-            row = (await connection.execute(select(*_COLUMNS).where(items.c.item_id == item_id))).one_or_none()
+            return await self._row(connection, item_id)
+
+    @staticmethod
+    async def _row(connection: AsyncConnection, item_id: ItemId) -> ItemChange | None:
+        row = (await connection.execute(select(*_COLUMNS).where(items.c.item_id == item_id))).one_or_none()
         return None if row is None else _change(row)
 
-    async def put(
-        self,
-        item_id: ItemId,
-        *,
-        title: str | None = None,
-        categories: tuple[str, ...] | None = None,
-        available_from: int | None = None,
-        available_until: int | None = None,
-        withdrawn: bool = False,
-    ) -> ItemChange:
-        """Replace the item's row; None leaves the bundle's value in force. Times are epoch microseconds."""
-        fields: dict[str, Any] = {
-            "title": title,
-            # A JSON column would store None as the JSON text null.
-            "categories": null() if categories is None else list(categories),
-            "available_from": available_from,
-            "available_until": available_until,
-            "withdrawn": withdrawn,
-            "loaded": False,
-        }
+    async def put(self, item_id: ItemId, decide: Callable[[ItemChange | None], Fields]) -> ItemChange:
+        """Replace the item's row by what `decide` makes of the one there is; no other change comes between the two.
+
+        What `decide` raises is raised here, and nothing is written.
+        """
         with database_failures_as(CatalogueUnavailable):
             async with asyncio.timeout(WRITE_SECONDS), self.engine.begin() as connection:
-                fields["revision"] = (await connection.execute(_NEXT)).scalar_one()
+                revision = (await connection.execute(_NEXT)).scalar_one()  # from here on nobody else writes
+                chosen = decide(await self._row(connection, item_id))
+                fields: dict[str, Any] = {**chosen._asdict(), "loaded": False, "revision": revision}
+                # A JSON column would store None as the JSON text null.
+                fields["categories"] = null() if chosen.categories is None else list(chosen.categories)
                 statement = (
                     self._upsert_into.values(item_id=item_id, **fields)
                     .on_conflict_do_update(index_elements=[items.c.item_id], set_=fields)

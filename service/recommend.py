@@ -329,12 +329,15 @@ def named(item_ids: Sequence[ItemId], scope: Scope, serving: Serving) -> Candida
 def settle(case: Case, found: Found | None, serving: Serving, model: Model, trace: Trace) -> Recommendation:
     """The last steps: through the gate, ranked, with names. Popular items where nothing was to be found."""
     if found is None:
-        return respond(case, serving, model, popular(case, serving))
+        with trace.stage("retrieve"):
+            best = popular(case, serving)
+        trace.paths[best.path] += 1
+        return respond(case, serving, model, best)
     with trace.stage("exclude"):
         permitted = exclude(found.candidates.items, case.scope(serving))
     with trace.stage("rank"):
         best = rank(model, found.query, permitted, case.question.n, found.candidates.path, serving)
-    trace.path = best.path
+    trace.paths[best.path] += 1
     return respond(case, serving, model, best)
 
 

@@ -364,7 +364,7 @@ class PageParameters(Strict):
 
 
 class ItemBody(StrictBody):
-    """What is to hold for an item. A field that is absent or null leaves what the bundle says."""
+    """What is to hold for an item. A field that is absent keeps its value; null goes back to what the bundle says."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -410,7 +410,9 @@ class ItemBody(StrictBody):
     ) = Field(None, description='["genre:Comedy"] or {"genre": ["Comedy"]}.')
     available_from: Time | None = Field(None, description="Inclusive.")
     available_until: Time | None = Field(None, description="Exclusive.")
-    withdrawn: bool = Field(False, strict=True, description="Not to be returned at any time until this is false again.")
+    withdrawn: Annotated[bool, Field(strict=True)] | None = Field(
+        None, description="Not to be returned at any time until this is false again."
+    )
 
     @model_validator(mode="after")
     def _interval(self) -> ItemBody:

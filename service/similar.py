@@ -42,7 +42,7 @@ def similar(serving: Serving, model: Model, item_id: ItemId, n: int, as_of: int 
     with trace.stage("retrieve"):
         has_vector = index <= serving.known
         best = model.retriever.similar(index, n, scope) if has_vector else akin(index, n, scope, serving)
-    trace.path = best.path
+    trace.paths[best.path] += 1
     strategy: Literal["similar", "popular"] = "similar" if has_vector else "popular"
     items = list(described(best, strategy, serving))
     return Similar(item_id, model.name, serving.bundle.version, scope.as_of, strategy, n, items)

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -64,7 +65,7 @@ class Trace:
     request_id: str
     started: float = field(default_factory=time.perf_counter)
     stages: dict[str, float] = field(default_factory=dict)  # name -> seconds
-    path: str | None = None  # which retrieval path found the candidates
+    paths: Counter[str] = field(default_factory=Counter)  # retrieval paths that found what is answered
     model_version: str | None = None
     caller: str | None = None  # the name of the key that was sent, never the key
     history_items: int = 0  # items that models were to read, and how many of them the bundle knows
@@ -76,10 +77,15 @@ class Trace:
         """Time one stage; the times of one that comes several times add up."""
         return Stage(name, self)
 
+    @property
+    def path(self) -> str:
+        """The retrieval paths, for people: one, or with several users what was taken for any of them."""
+        return ", ".join(sorted(self.paths))
+
     def server_timing(self) -> str:
         """The header's value."""
         parts = [f"{name};dur={seconds * 1000:.3f}" for name, seconds in self.stages.items()]
-        if self.path:
+        if self.paths:
             parts = [p + f';desc="{self.path}"' if p.startswith("retrieve;") else p for p in parts]
         parts.append(f"total;dur={(time.perf_counter() - self.started) * 1000:.3f}")
         return ", ".join(parts)
@@ -133,8 +139,8 @@ class Telemetry:
         metrics.observe(metrics.requests, took, scope["method"] if route != "unmatched" else "-", route, str(status))
         for name, seconds in trace.stages.items():
             metrics.observe(metrics.stages, seconds, name)
-        if trace.path:
-            metrics.count(metrics.retrievals, trace.path)
+        for path, times in trace.paths.items():
+            metrics.count(metrics.retrievals, path, amount=times)
         if trace.history_items:
             metrics.count(metrics.history_items, "true", amount=trace.known_items)
             metrics.count(metrics.history_items, "false", amount=trace.history_items - trace.known_items)
@@ -153,7 +159,7 @@ class Telemetry:
             }
             if trace.caller:
                 fields["caller"] = trace.caller
-            if trace.path:
+            if trace.paths:
                 fields["retrieval"] = trace.path
             log.handle(_RequestRecord(fields))
 

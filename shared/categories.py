@@ -86,8 +86,10 @@ class Categories:
                 come[category].append(index)
         members = dict(self.members)
         for category in gone.keys() | come.keys():
-            kept = np.setdiff1d(members.get(category, _NONE), gone[category])
-            members[category] = np.union1d(kept, np.array(come[category], np.int64))
+            # By position: the library's set operations sort all members again, 100 ms for 100,000 of them.
+            found, left, joined = members.get(category, _NONE), sorted(gone[category]), sorted(come[category])
+            found = np.delete(found, np.searchsorted(found, left))
+            members[category] = np.insert(found, np.searchsorted(found, joined), joined)
         return replace(self, members=members, live={**self.live, **newest})
 
     def select(self, where: Where, available_from: IntArray) -> BoolArray:

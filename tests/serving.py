@@ -14,10 +14,12 @@ import httpx
 from fastapi import FastAPI
 from fastapi.dependencies import models
 
+from service.catalogue import Fields, LiveCatalogue
 from service.errors import MEDIA_TYPE, TYPE_PREFIX
 from service.main import create_app
 from service.routes.dependencies import Services
 from service.settings import Settings
+from shared.catalogue import ItemChange
 from shared.database import create_engine, migrate
 from tests.servers import RedisServer
 from tests.worlds import World, write_bundle
@@ -88,6 +90,11 @@ async def serving(folder: Path, redis: RedisServer, world: World | None, **setti
     await fresh_database(folder / "service.db")
     async with running(chosen) as found:
         yield found
+
+
+async def put_row(catalogue: LiveCatalogue, item_id: str, **fields: Any) -> ItemChange:
+    """A row of the live catalogue as it shall be, whatever it was."""
+    return await catalogue.put(item_id, lambda _row: Fields(**fields))
 
 
 _migrated: list[bytes] = []

@@ -21,6 +21,7 @@ from service.ingest import EventLog, EventsErased
 from shared.database import cache_outbox, catalogue_revision, create_engine, erasures, events, items, migrate
 from shared.erasure import Tombstones, read_tombstones
 from tests.servers import PostgresServer
+from tests.serving import put_row
 from tests.test_erasure import PAST, cached, event, tell
 from trainer import backup as module
 from trainer.__main__ import app
@@ -49,9 +50,11 @@ async def filled(engine: AsyncEngine, histories: HistoryStore, event_log: EventL
     """A log and a catalogue with everything that they can hold."""
     await tell(event_log, *(event(f"i{n}", f"u{n % 3}", event_id=f"e{n}", timestamp=PAST - n) for n in range(25)))
     catalogue = LiveCatalogue(engine)
-    await catalogue.put("a", title='ü "\n', categories=("genre:x", "tag:a:b"), available_from=-1, available_until=2**52)
-    await catalogue.put("b", withdrawn=True)
-    await catalogue.put("c", categories=())
+    await put_row(
+        catalogue, "a", title='ü "\n', categories=("genre:x", "tag:a:b"), available_from=-1, available_until=2**52
+    )
+    await put_row(catalogue, "b", withdrawn=True)
+    await put_row(catalogue, "c", categories=())
     await tell(event_log, event("x", "gone"))
     await Eraser(engine, histories).erase("gone")
     return engine
@@ -119,7 +122,7 @@ async def test_a_backup_is_one_moment(filled: AsyncEngine, event_log: EventLog, 
             if not said:
                 said.append("")
                 await tell(event_log, event("during"))
-                await LiveCatalogue(filled).put("during")
+                await put_row(LiveCatalogue(filled), "during")
                 await Eraser(filled, histories).erase("u1")
 
     module_pages = pytest.MonkeyPatch()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shared.catalogue import Catalogue, Item
 from shared.categories import Categories, Where
@@ -85,3 +87,25 @@ def test_fields_stay_known_when_their_last_item_left() -> None:
 
 def test_how_many_categories_are_shared() -> None:
     assert Categories.of(CATALOGUE).sharing(3, 5).tolist() == [0, 1, 2, 3, 0]
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.integers(1, 6), st.sets(st.sampled_from(["g:a", "g:b", "h:a", "h:b"])).map(tuple)), max_size=6
+        ),
+        max_size=5,
+    )
+)
+def test_members_are_sorted_and_those_that_say_so_whatever_changes(
+    changes: list[list[tuple[int, tuple[str, ...]]]],
+) -> None:
+    catalogue = Catalogue.number([Item(str(n), None, ("g:a", "h:b")[: n % 3], n) for n in range(1, 5)])
+    truth = {index: set(item.categories) for index, item in enumerate(catalogue.items, start=1)}
+    categories = Categories.of(catalogue)
+    for step in changes:
+        categories = categories.holding([(index, Item(str(index), None, named)) for index, named in step])
+        truth |= {index: set(named) for index, named in step}
+        for category in {*categories.members, "g:a", "g:b", "h:a", "h:b"}:
+            wanted = sorted(index for index, named in truth.items() if category in named)
+            assert categories.members.get(category, np.zeros(0)).tolist() == wanted

@@ -9,9 +9,10 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.catalogue import CatalogueUnavailable, LiveCatalogue
+from service.catalogue import CatalogueUnavailable, Fields, LiveCatalogue
 from shared.catalogue import ItemChange
 from shared.database import create_engine, items
+from tests.serving import put_row
 
 
 @pytest.fixture
@@ -21,15 +22,15 @@ def catalogue(engine: AsyncEngine) -> LiveCatalogue:
 
 async def test_put_replaces_the_row_and_counts_up(catalogue: LiveCatalogue) -> None:
     assert await catalogue.get("a") is None
-    first = await catalogue.put("a", title="A", categories=("genre:x",), available_from=-5, available_until=2**50)
+    first = await put_row(catalogue, "a", title="A", categories=("genre:x",), available_from=-5, available_until=2**50)
     assert first == ItemChange("a", "A", ("genre:x",), -5, 2**50, False, 1)
     assert await catalogue.get("a") == first
-    second = await catalogue.put("a", categories=(), withdrawn=True)
+    second = await put_row(catalogue, "a", categories=(), withdrawn=True)
     assert second == await catalogue.get("a") == ItemChange("a", None, (), None, None, True, 2)
 
 
 async def test_fields_left_out_are_null_in_sql(catalogue: LiveCatalogue, engine: AsyncEngine) -> None:
-    await catalogue.put("a")
+    await put_row(catalogue, "a")
     async with engine.connect() as connection:
         query = select(func.count()).select_from(items).where(items.c.categories.is_(None))
         assert (await connection.execute(query)).scalar_one() == 1
@@ -42,14 +43,14 @@ async def test_a_loaded_row_says_so_until_a_call_changes_it(catalogue: LiveCatal
     loaded = await catalogue.get("a")
     assert loaded is not None
     assert loaded.loaded
-    assert not (await catalogue.put("a", title="B")).loaded
+    assert not (await put_row(catalogue, "a", title="B")).loaded
 
 
 async def test_changes_since_a_revision(catalogue: LiveCatalogue) -> None:
     assert await catalogue.changes_since(0) == (0, [])
-    await catalogue.put("a")
-    b = await catalogue.put("b")
-    a = await catalogue.put("a", title="A")
+    await put_row(catalogue, "a")
+    b = await put_row(catalogue, "b")
+    a = await put_row(catalogue, "a", title="A")
     assert await catalogue.changes_since(0) == (3, [b, a])
     assert await catalogue.changes_since(2) == (3, [a])
     assert await catalogue.changes_since(3) == (3, [])
@@ -70,7 +71,7 @@ async def test_a_follower_misses_no_change_of_concurrent_writers(catalogue: Live
             await asyncio.sleep(0.001)
 
     async def write(writer: int) -> list[ItemChange]:
-        return [await catalogue.put(f"i{writer}-{n % 5}", title=f"{n}") for n in range(10)]
+        return [await put_row(catalogue, f"i{writer}-{n % 5}", title=f"{n}") for n in range(10)]
 
     follower = asyncio.create_task(follow())
     written = [change for changes in await asyncio.gather(*(write(w) for w in range(6))) for change in changes]
@@ -82,10 +83,29 @@ async def test_a_follower_misses_no_change_of_concurrent_writers(catalogue: Live
     assert followed == newest
 
 
+async def test_no_change_comes_between_reading_a_row_and_replacing_it(catalogue: LiveCatalogue) -> None:
+    def one_more(row: ItemChange | None) -> Fields:
+        return Fields(title=str(int(row.title or 0) + 1 if row else 1))
+
+    await asyncio.gather(*(catalogue.put("a", one_more) for _ in range(20)))
+    row = await catalogue.get("a")
+    assert row is not None
+    assert (row.title, row.revision) == ("20", 20)
+
+
+async def test_what_decides_may_refuse_and_nothing_is_written(catalogue: LiveCatalogue) -> None:
+    def refuse(_row: ItemChange | None) -> Fields:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        await catalogue.put("a", refuse)
+    assert await catalogue.changes_since(0) == (0, [])
+
+
 async def test_a_database_that_fails_is_catalogue_unavailable(tmp_path: Path) -> None:
     engine = create_engine(f"postgresql://u@/db?host={tmp_path}")
     catalogue = LiveCatalogue(engine)
-    for call in (catalogue.get("a"), catalogue.put("a"), catalogue.changes_since(0)):
+    for call in (catalogue.get("a"), put_row(catalogue, "a"), catalogue.changes_since(0)):
         with pytest.raises(CatalogueUnavailable):
             await call
     await engine.dispose()

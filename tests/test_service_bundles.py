@@ -57,6 +57,7 @@ async def test_swap_keeps_live_changes(tmp_path: Path, redis_server: RedisServer
         assert answer["model"]["version"] == "next"
         assert (answer["items"][0]["item_id"], answer["items"][0]["title"]) == ("13", "Baker's dozen")
         assert "2" not in ids_of(answer)
+        assert json_of(await upnext.http.get("/items/13"))["categories"] == ["parity:odd"]
 
 
 @fault("A bundle is damaged, cut short or cannot be read")
@@ -121,6 +122,28 @@ async def test_without_its_required_models_the_service_is_not_ready(tmp_path: Pa
     async with serving(tmp_path, redis_server, cyclic(), required_models="ranker") as upnext:
         body = assert_problem(await upnext.http.get("/readyz"), 503, "not_ready")
         assert "lacks ranker" in body["checks"]["bundle"]
+
+
+@pytest.mark.parametrize("bad", ["damaged", "lacking", "unreadable"])
+async def test_who_starts_while_the_newest_is_bad_serves_the_one_before(
+    tmp_path: Path, redis_server: RedisServer, bad: str
+) -> None:
+    bundles = tmp_path / "bundles"
+    write_bundle(bundles, cyclic(models=("sasrec",)), version="before")
+    newest = write_bundle(bundles, cyclic(14, models=("bert4rec",)), version="newest")
+    if bad == "damaged":
+        (newest / MANIFEST).write_text("{")
+    if bad == "unreadable":
+        (bundles / "CURRENT").write_text("../../etc\n")
+    async with serving(tmp_path, redis_server, None, **QUICK, required_models="sasrec") as upnext:
+        assert (await upnext.ask("u"))["model"]["version"] == "before"
+        ready = json_of(await upnext.http.get("/readyz"))
+        assert ready["status"] == "degraded"
+        assert ready["checks"]["bundle"] != "ok"
+        assert await failures(upnext) == 1
+        write_bundle(bundles, cyclic(13), version="good")
+        await until(lambda: upnext.services.live.now_serving().bundle.version == "good")
+        assert json_of(await upnext.http.get("/readyz"))["status"] == "ready"
 
 
 def test_names_of_required_models_stand_with_commas_between(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,54 @@ async def test_a_change_leaves_what_it_does_not_name(upnext: Running) -> None:
     assert_problem(late, 422, "validation", "/available_until")
 
 
+async def test_null_goes_back_to_what_the_bundle_says(upnext: Running) -> None:
+    published = json_of(await upnext.http.get("/items/2"))
+    changes = {
+        "title": "Two", "categories": ["genre:A"], "available_from": "2001-01-01T00:00:00Z",
+        "available_until": "2100-01-01T00:00:00Z", "withdrawn": True,
+    }  # fmt: skip
+    changed = await upnext.put("2", **changes)
+    assert {name: changed[name] for name in changes} == changes
+    back = await upnext.put("2", **dict.fromkeys(changes))
+    assert back == published | {"revision": 2}
+    await upnext.put("new", title="New", available_from="2001-01-01T00:00:00Z", available_until="2002-01-01T00:00:00Z")
+    opened = await upnext.put("new", title=None, available_until=None)
+    assert (opened["title"], opened["available_until"], opened["available"]) == (None, None, True)
+    assert opened["available_from"] == "2001-01-01T00:00:00Z"
+
+
+async def test_changes_to_several_fields_at_a_time_all_count(upnext: Running) -> None:
+    fields = {"title": "Two", "categories": ["genre:A"], "available_until": "2100-01-01T00:00:00Z", "withdrawn": True}
+    await asyncio.gather(*(upnext.put("2", **{name: value}) for name, value in fields.items()))
+    shown = json_of(await upnext.http.get("/items/2"))
+    assert {name: shown[name] for name in fields} == fields
+    assert shown["revision"] == len(fields)
+
+
+async def test_of_an_item_that_only_a_later_bundle_knows_nothing_is_made_up(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    async with serving(tmp_path, redis_server, None, bundle_poll_seconds=0.02) as upnext:
+        await upnext.put("2", title="Two")
+        await upnext.put("2", title="Zwei")
+        assert json_of(await upnext.http.get("/items/2"))["categories"] == []
+        write_bundle(upnext.settings.bundles, cyclic(N))
+        await until(lambda: upnext.services.live.serving is not None)
+        shown = json_of(await upnext.http.get("/items/2"))
+        assert (shown["title"], shown["categories"]) == ("Zwei", ["parity:even"])
+        assert shown["available_from"] == "2000-01-03T00:00:00Z"
+        # A worker that is stuck on an old bundle does not know what is new.
+        write_bundle(upnext.settings.bundles, cyclic(N + 1), version="next", current=False)
+        (upnext.settings.bundles / "CURRENT").write_text("nothing\n")
+        await until(lambda: upnext.services.live.bundle_failure is not None)
+        await upnext.put("13", title="Baker's dozen")
+        (upnext.settings.bundles / "CURRENT").write_text("next\n")
+        await until(lambda: upnext.services.live.now_serving().bundle.version == "next")
+        shown = json_of(await upnext.http.get("/items/13"))
+        assert (shown["title"], shown["categories"]) == ("Baker's dozen", ["parity:odd"])
+        assert ids_of(await upnext.bring(["12"], as_of="2000-02-01T00:00:00Z", n=1)) == ["13"]
+
+
 async def test_withdrawn_items_are_gone_at_once_for_every_time(upnext: Running) -> None:
     assert json_of(await upnext.http.delete("/items/2"))["withdrawn"]
     again = json_of(await upnext.http.delete("/items/2"))
@@ -63,7 +112,9 @@ async def test_withdrawn_items_are_gone_at_once_for_every_time(upnext: Running) 
         await upnext.ask("nobody", n=100, as_of="2000-02-01T00:00:00Z"),
     ):
         assert "2" not in ids_of(answer)
-    await upnext.put("2")
+    await upnext.put("2", title="Two")
+    assert "2" not in ids_of(await upnext.bring(["1"], n=100)), "who tells a title puts nothing back on the shelf"
+    await upnext.put("2", withdrawn=False)
     assert ids_of(await upnext.bring(["1"], n=1)) == ["2"]
     assert_problem(await upnext.http.delete("/items/unheard-of"), 404, "unknown_item")
 
@@ -218,12 +269,14 @@ async def test_catalogue_down(upnext: Running, monkeypatch: pytest.MonkeyPatch) 
     assert await upnext.ids("u", n=1) == ["1"]  # as it was when it was last read
 
 
-async def test_other_workers_follow(tmp_path: Path, redis_server: RedisServer) -> None:
+async def test_other_workers_and_those_to_come_follow(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, cyclic(N)) as before:
+        await before.put("4", withdrawn=True)
     async with (
-        serving(tmp_path, redis_server, cyclic(N), catalogue_poll_seconds=0.02) as one,
+        running(before.settings.model_copy(update={"catalogue_poll_seconds": 0.02})) as one,
         running(one.settings) as other,
     ):
         await one.put("2", withdrawn=True)
         await one.put("3", withdrawn=True)
-        await until(lambda: other.services.live.revision == 2)
-        assert ids_of(await other.bring(["1"], n=100)) == after(1, N, without=(1, 2, 3))
+        await until(lambda: other.services.live.revision == 3)
+        assert ids_of(await other.bring(["1"], n=100)) == after(1, N, without=(1, 2, 3, 4))

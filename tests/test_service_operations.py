@@ -97,6 +97,27 @@ async def test_metrics(upnext: Running) -> None:
         assert line in text.splitlines(), line
 
 
+async def test_each_path_is_counted_and_named(upnext: Running) -> None:
+    await upnext.view("u", "3")
+
+    async def path(method: str, url: str, body: Any = None) -> str:
+        response = await upnext.http.request(method, url, json=body)
+        assert response.status_code == 200, response.text
+        (stage,) = (part for part in response.headers["server-timing"].split(", ret") if "desc=" in part)
+        return stage.split('"')[1]
+
+    assert await path("GET", "/recommend/u") == "exact"
+    assert await path("GET", "/recommend/nobody") == "popular"
+    assert await path("POST", "/recommend", {"history": ["3"], "candidates": ["4", "5"]}) == "candidates"
+    assert await path("GET", "/items/3/similar") == "exact"
+    users = ["u", "nobody", "u", "u"]
+    assert await path("POST", "/recommend/batch", {"users": users}) == "exact, popular"
+    lines = (await upnext.http.get("/metrics")).text.splitlines()
+    counted = {line for line in lines if line.startswith("upnext_retrievals_total{")}
+    totals = {"exact": 5, "popular": 2, "candidates": 1}
+    assert counted == {f'upnext_retrievals_total{{path="{name}"}} {count}.0' for name, count in totals.items()}
+
+
 async def test_one_log_line_a_request_without_history(upnext: Running, caplog: pytest.LogCaptureFixture) -> None:
     await upnext.view("secret-user", "3")
     caplog.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from shared import retrieval
 from shared.bundle import point_current
 from shared.catalogue import Item
 from shared.retrieval import Mode
-from shared.times import DAY, END, of_year, parse, render
+from shared.times import DAY, END, now, of_year, parse, render
 from tests.servers import RedisServer
-from tests.serving import Running, ids_of, json_of, serving, until
+from tests.serving import Running, ids_of, json_of, serving
 from tests.worlds import BORN, CREATED, World, exists, write_bundle
 
 COUNT = 48
@@ -152,7 +152,8 @@ class Driver:
                 if change["from"] >= change["until"]:
                     continue
                 dates = {"available_from": render(change["from"]), "available_until": render(change["until"])}
-                await self.upnext.put(change["item"], title="t", categories=change["categories"], **dates)
+                fields = {"title": "t", "categories": change["categories"], "withdrawn": False}
+                await self.upnext.put(change["item"], **fields, **dates)
             self.truth.apply(change)
 
     async def ask(self, path: str, about: Any, wishes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -204,24 +205,34 @@ class Driver:
         assert len(found) == min(wishes["n"], len(permitted))
 
     async def run(self, phase: Mapping[str, Any]) -> None:
-        """One phase: tell, then ask everything at once and twice, perhaps while the other bundle goes live."""
+        """One phase: tell, then ask everything at once and twice; again and again while the other bundle goes live."""
         await self.tell(phase)
-        before = self.version
-        asked = phase["questions"]
-        running = asyncio.gather(*(self.ask(*question) for question in (*asked, *asked)))
-        if phase["swap"]:
-            self.version = "b" if before == "a" else "a"
-            point_current(self.upnext.settings.bundles, self.version)
-        answers = await running
+        before, asked = self.version, phase["questions"]
+        await self.round(asked, {before})
+        if not phase["swap"]:
+            return
+        self.version = "b" if before == "a" else "a"
+        point_current(self.upnext.settings.bundles, self.version)
+        while self.upnext.services.live.now_serving().bundle.version != self.version:
+            await self.round(asked, {before, self.version})
+            await asyncio.sleep(0.02)
+        await self.round(asked, {self.version})
+
+    async def round(self, asked: Sequence[tuple[str, Any, Mapping[str, Any]]], versions: set[str]) -> None:
+        """Every question twice, all at once; the answers must come from these bundles, and keep the rules."""
+        began = now()
+        answers = await asyncio.gather(*(self.ask(*question) for question in (*asked, *asked)))
+        ended = now()
         for (path, about, wishes), answered in zip((*asked, *asked), answers, strict=True):
             for user, answer in answered:
-                assert answer["model"]["version"] in (before, self.version)
+                assert answer["model"]["version"] in versions
+                as_of = parse(answer["as_of"])
+                assert as_of == parse(wishes["as_of"]) if "as_of" in wishes else began <= as_of <= ended
                 self.check(path, about, wishes, user, answer)
         for first, second in zip(answers[: len(asked)], answers[len(asked) :], strict=True):
             for (_, one), (_, other) in zip(first, second, strict=False):
                 if one["model"]["version"] == other["model"]["version"]:
                     assert ids_of(one) == ids_of(other)
-        await until(lambda: self.upnext.services.live.now_serving().bundle.version == self.version)
 
 
 @pytest.mark.parametrize("mode", list(Mode))

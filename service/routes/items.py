@@ -11,7 +11,7 @@ from starlette.responses import Response
 from service import errors
 from service.answers import ItemAnswer, ItemsAnswer, SimilarAnswer
 from service.bundles import Live
-from service.catalogue import CatalogueUnavailable
+from service.catalogue import CatalogueUnavailable, Fields
 from service.routes.dependencies import (
     NO_PARAMETERS,
     ItemPath,
@@ -120,12 +120,12 @@ async def show_item(item_id: ItemPath, services: ServicesOf) -> Response:
 async def put_item(item_id: ItemPath, body: ItemBody, services: ServicesOf) -> Response:
     """Set what holds for an item from now on. This worker obeys at once, every other within a second.
 
-    Fields that are absent or null keep the value they have. An item that was not known before exists from now on
-    unless `available_from` says otherwise. Until the next training no model has a vector for it: it comes behind all
-    others among popular items and among `candidates` that a caller names, and gets similar items by categories.
+    Fields that are absent keep the value they have, `withdrawn` too; null goes back to what the bundle says, and where
+    that says nothing, to nothing. An item that was not known before exists from now on unless `available_from` says
+    otherwise. Until the next training no model has a vector for it: it comes behind all others among popular items and
+    among `candidates` that a caller names, and gets similar items by categories.
     """
-    known = current(item_id, await reached(services.catalogue.get(item_id)), services.live)
-    change = await reached(put(known or Item(item_id, available_from=now()), body, services))
+    change = await put(item_id, body, services)
     return answer(shown(item_id, change, services.live))
 
 
@@ -137,33 +137,56 @@ async def put_item(item_id: ItemPath, body: ItemBody, services: ServicesOf) -> R
     responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown, errors.Overloaded),
 )
 async def withdraw_item(item_id: ItemPath, services: ServicesOf) -> Response:
-    """The item is not returned any more, for no `as_of`, until a PUT without `withdrawn`. Twice is as good as once."""
-    known = current(item_id, await reached(services.catalogue.get(item_id)), services.live)
-    if known is None:
-        raise _unknown(item_id)
-    change = await reached(put(known, ItemBody(withdrawn=True), services))
+    """The item is not returned any more, for no `as_of`, until a PUT says `withdrawn: false`. Twice is as good."""
+    change = await put(item_id, ItemBody(withdrawn=True), services, must_exist=True)
     return answer(shown(item_id, change, services.live))
 
 
-async def put(known: Item, body: ItemBody, services: Services) -> ItemChange:
-    """Store the whole item as it will be, so that a training from the catalogue alone knows all of it; obey it here."""
-    starts = known.available_from if body.available_from is None else body.available_from
-    ends = known.available_until if body.available_until is None else body.available_until
+async def put(item_id: str, body: ItemBody, services: Services, *, must_exist: bool = False) -> ItemChange:
+    """Store what `merged` says, and obey it here at once."""
+
+    def decide(row: ItemChange | None) -> Fields:
+        if must_exist and current(item_id, row, services.live) is None:
+            raise _unknown(item_id)
+        return merged(item_id, row, body, services.live)
+
+    change = await reached(services.catalogue.put(item_id, decide))
+    services.live.apply([change])
+    return change
+
+
+def merged(item_id: str, row: ItemChange | None, body: ItemBody, live: Live) -> Fields:
+    """What is to stand in the item's row: what was sent, else what stood there, else what the bundle says.
+
+    The bundle's values are stored too, so that a training from the catalogue alone knows all of the item. Of an item
+    that this worker's bundle does not have, nothing is made up: another bundle, loaded later, may know it.
+    """
+    sent = body.model_dump(include=body.model_fields_set)
+    published = live.published(item_id)
+    if row is not None and published is not None and row.loaded:
+        row = None  # gives way to the bundle
+    said: dict[str, Any] = {}
+    for name in Fields._fields:
+        value = sent[name] if name in sent else getattr(row, name, None)
+        said[name] = getattr(published, name, None) if value is None else value
+    if row is None and published is None and said["available_from"] is None and live.is_current:
+        said["available_from"] = now()
+    starts, ends = (
+        bound if said[name] is None else said[name]
+        for name, bound in (("available_from", BEGINNING), ("available_until", END))
+    )
     if starts >= ends:
         raise errors.Invalid(
             "available_from is not before available_until",
             [{"pointer": "/available_until", "detail": f"The item exists from {render_bound(starts)} on."}],
         )
-    change = await services.catalogue.put(
-        known.item_id,
-        title=known.title if body.title is None else body.title,
-        categories=known.categories if body.categories is None else tuple(body.categories),
+    return Fields(
+        title=said["title"],
+        categories=None if said["categories"] is None else tuple(said["categories"]),
         available_from=None if starts == BEGINNING else starts,
         available_until=None if ends == END else ends,
-        withdrawn=body.withdrawn,
+        withdrawn=bool(said["withdrawn"]),
     )
-    services.live.apply([change])
-    return change
 
 
 async def reached(answer: Awaitable[T]) -> T:
@@ -176,11 +199,11 @@ async def reached(answer: Awaitable[T]) -> T:
 
 def current(item_id: str, change: ItemChange | None, live: Live) -> Item | None:
     """The item as it is now; None when neither the bundle nor the catalogue knows it."""
-    serving = live.serving
-    index = serving.bundle.catalogue.index_by_id.get(item_id) if serving else None
-    if serving is None or index is None:
-        return None if change is None else change.on(Item(item_id))
-    item = serving.bundle.catalogue[index]
+    serving, item = live.serving, live.published(item_id)
+    if item is None or serving is None:
+        # What nobody dated was not there when the bundle was made.
+        unknown = Item(item_id) if serving is None else Item(item_id, available_from=serving.created)
+        return None if change is None else change.on(unknown)
     return item if change is None or not serving.obeys(change) else change.on(item)
 
 

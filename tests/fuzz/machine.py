@@ -230,11 +230,11 @@ class Upnext(RuleBasedStateMachine):
             if not known:
                 return
             self.model.withdrawn.add(item)
+            revision = response.json()["revision"]
         else:
-            self.run(self.workers[worker].put(item))
+            revision = self.run(self.workers[worker].put(item, withdrawn=False))["revision"]
             self.model.withdrawn.discard(item)
         self.model.change(item)
-        revision = self.workers[worker].services.live.revision
         self.run(until(lambda: all(one.services.live.revision >= revision for one in self.workers)))
 
     @rule()
