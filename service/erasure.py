@@ -1,9 +1,10 @@
 """Erasing a user: the events, the cached history, and what keeps both from coming back.
 
-    one transaction: writers waited for ─► outbox row ─► events deleted ─► tombstone ─► commit ─► cache entry dropped
-                                               └─► (after 5 s, by any worker) dropped again, outbox row deleted
+    one transaction: writers waited for ─► outbox rows ─► events deleted ─► tombstone ─► commit ─► cache entry dropped
+                                               └─► (after 5 s and after 60 s, by any worker) dropped again, row deleted
 
-An event that was committed just before may reach the cache just after; the second drop takes it away again.
+An event that was committed just before may reach the cache just after, from a worker that stood still between the two
+even later. The second drop takes it away again, and the third what came to an entry that was made anew meanwhile.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.history import HistoryStore, database_failures_as
 from shared import times
-from shared.database import cache_outbox, erased_events, erasures, events
+from shared.database import LATE, cache_outbox, erased_events, erasures, events
 from shared.erasure import has_erasure, pseudonym, read_key
 
 if TYPE_CHECKING:
@@ -73,9 +74,10 @@ class Eraser:
     async def _erase(self, connection: AsyncConnection, user_id: str) -> Erasure:
         await self._wait_for_writers(connection)
         # Below zero: no event has such a number, and no worker takes the row for one that reached the cache.
-        row = {"seq": -1 - secrets.randbelow(2**53), "user_id": user_id, "written": times.now()}
+        written, number = times.now(), -1 - secrets.randbelow(2**53)
+        marks = [{"seq": seq, "user_id": user_id, "written": written} for seq in (number, LATE + number)]
         await connection.execute(delete(cache_outbox).where(cache_outbox.c.user_id == user_id))
-        await connection.execute(insert(cache_outbox), [row])
+        await connection.execute(insert(cache_outbox), marks)
         gone = delete(events).where(events.c.user_id == user_id).returning(events.c.event_id, events.c.timestamp)
         rows = (await connection.execute(gone)).all()
         now, key = times.now(), await read_key(connection)

@@ -268,7 +268,9 @@ class HistoryStore:
         self._line = RedisLine(redis, failed) if isinstance(redis, Redis) else ClusterLines(redis, failed)
         self._log, self._readers = reader_for(engine), asyncio.Semaphore(READERS)
         self._rebuilds: dict[bytes, asyncio.Task[_Entry]] = {}  # by marker
-        self._dirty: dict[str, None] = {}  # users whose entry may lack an event that was acknowledged here
+        # Users whose entry may lack an event that was acknowledged here, and the number of the last such event.
+        self._dirty: dict[str, int] = {}
+        self._lost = 0
 
     async def read(self, user_id: str, policy: HistoryPolicy, as_of: int | None = None) -> UserHistory:
         """The user's history; with `as_of` (epoch microseconds), of events with timestamp <= as_of.
@@ -286,16 +288,18 @@ class HistoryStore:
             entry, source = await self._logged(user_id, policy, as_of), "log"
         return entry.history(source)
 
-    async def appended(self, events: Sequence[StoredEvent], policy: HistoryPolicy) -> bool:
+    async def appended(self, events: Sequence[StoredEvent], policy: HistoryPolicy, until: float | None = None) -> bool:
         """Bring committed events to the entries that exist; True if Redis took all of it. Never raises for Redis.
 
-        May be called again with the same events, and with users in any order.
+        May be called again with the same events, and with users in any order. What is sent after `until`, on the event
+        loop's clock, drops the entries instead: meanwhile the events may have been erased.
         """
         by_user: dict[str, list[StoredEvent]] = {}
         for event in events:
             by_user.setdefault(event.user_id, []).append(event)
         dirty = [user_id for user_id in by_user if user_id in self._dirty]
-        commands = [self._append(user_id, rows, policy) for user_id, rows in by_user.items() if user_id not in dirty]
+        clean = [(user_id, rows) for user_id, rows in by_user.items() if user_id not in dirty]
+        commands = [self._append(user_id, rows, policy)._replace(until=until) for user_id, rows in clean]
         return await self._change(by_user, commands, drop=dirty)
 
     async def read_whole(self, user_id: str, policy: HistoryPolicy, as_of: int | None = None) -> UserHistory:
@@ -331,17 +335,22 @@ class HistoryStore:
 
     async def _change(self, users: Iterable[str], commands: Sequence[Command], drop: Iterable[str]) -> bool:
         """Run `commands`, and drop the entries of `drop`; unless all of it is known to have run, `users` are dirty."""
+        marks = {user_id: self._dirty.get(user_id) for user_id in drop}
         try:
-            await self._line.ask([*commands, *(Command(user_id, ("DEL",)) for user_id in drop)])
+            await self._line.ask([*commands, *(Command(user_id, ("DEL",)) for user_id in marks)])
         except BaseException as error:
-            self._dirty.update(dict.fromkeys(users))
+            self._lost += 1
+            for user_id in users:
+                self._dirty.pop(user_id, None)  # to the end of the line
+                self._dirty[user_id] = self._lost
             for user_id in list(islice(self._dirty, max(0, len(self._dirty) - MAX_DIRTY))):
                 del self._dirty[user_id]  # the sweep of the outbox will come by
             if isinstance(error, RedisDown):
                 return False
             raise
-        for user_id in drop:
-            self._dirty.pop(user_id, None)
+        for user_id, mark in marks.items():
+            if self._dirty.get(user_id) == mark:  # an event that was lost after this drop had been sent needs another
+                self._dirty.pop(user_id, None)
         return True
 
     def _append(self, user_id: str, rows: Iterable[StoredEvent], policy: HistoryPolicy) -> Command:

@@ -34,7 +34,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from service.commit import Identity, Log, Row, WriteFailed, writer_for
 from service.history import HistoryStore, reading
 from shared import times
-from shared.database import EVERYBODY, cache_outbox, events
+from shared.database import EVERYBODY, LATE, cache_outbox, events
 from shared.events import HistoryPolicy
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ FLUSH_SECONDS: Final = 0.2
 SWEEP_SECONDS: Final = 1.0
 OVERDUE: Final = 5 * times.SECOND
 """Age at which an outbox row is taken for one whose worker died or could not reach Redis."""
+LAST_DROP: Final = 60 * times.SECOND
+"""Age at which the entry of an erased user is dropped for the last time; see `service.erasure`."""
+FRESH: Final = 2.0
+"""Seconds after the beginning of a write in which its events may be added to an entry. Who sends them later stood still
+meanwhile, and drops the entry: the user may have been erased."""
 SWEEP_ROWS: Final = 1_000
 ATTEMPTS: Final = 3
 GROUP_EVENTS: Final = 2_000
@@ -263,7 +268,8 @@ class EventLog:
         """
         box = cache_outbox.c
         now = times.now()  # a row from the future was written before the clock was set back
-        overdue = (box.written <= now - OVERDUE) | (box.written > now + OVERDUE)
+        due = (box.written <= now - OVERDUE) & (box.seq >= LATE) | (box.written <= now - LAST_DROP)
+        overdue = due | (box.written > now + OVERDUE)
         query = select(box.seq, box.user_id).where(overdue).order_by(box.seq).limit(SWEEP_ROWS)
         async with reading(self.engine, LogUnavailable) as connection:
             rows = (await connection.execute(query)).all()
@@ -299,7 +305,8 @@ class EventLog:
                 await self.flush()
                 if loop.time() >= sweep_at:
                     sweep_at = loop.time() + SWEEP_SECONDS
-                    await self.settle()
+                    while await self.settle() == SWEEP_ROWS:
+                        pass  # there may be more: of all that was written while Redis was down, say
             except LogUnavailable as error:
                 log.warning("the outbox cannot be swept now: %s", error)
             except Exception:  # the task must outlive whatever this is
@@ -330,6 +337,7 @@ class EventLog:
     async def _write_group(self, group: Sequence[_Request], attempt: int = 1, *, perhaps: bool = False) -> None:
         """Commit the group and tell each request what became of it; `perhaps` an attempt before this one did."""
         rows = {identity: row for request in group for identity, row in request.rows.items()}
+        until = asyncio.get_running_loop().time() + FRESH
         try:
             found = await self._writer.write(list(rows.values()), partial(_judge, group))
         except _Refused as refused:
@@ -354,17 +362,17 @@ class EventLog:
                 else:
                     request.fail(error)
         else:
-            task = asyncio.create_task(self._reach_cache(group, found))
+            task = asyncio.create_task(self._reach_cache(group, found, until))
             self._reaching.add(task)
             task.add_done_callback(self._reaching.discard)
 
-    async def _reach_cache(self, group: Sequence[_Request], found: Log) -> None:
+    async def _reach_cache(self, group: Sequence[_Request], found: Log, until: float) -> None:
         """Bring a committed group to the cache, duplicates too: their first try may have died before that."""
         try:
             policies = dict.fromkeys(request.policy for request in group)
             stored = [known.event for known in found.values()]
             # Two of them where a bundle brought another just now: the entries of the first are dropped then.
-            reached = [await self.histories.appended(stored, policy) for policy in policies]
+            reached = [await self.histories.appended(stored, policy, until) for policy in policies]
         except Exception as error:
             for request in group:
                 request.fail(error)

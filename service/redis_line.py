@@ -53,6 +53,12 @@ class Command(NamedTuple):
     user_id: str
     before: tuple[str | int, ...]
     after: tuple[str | int | bytes, ...] = ()
+    until: float | None = None  # on the event loop's clock: sent later than that, it is a DEL
+
+    def words(self, epoch: str, now: float) -> tuple[str | int | bytes, ...]:
+        """What is sent."""
+        key = key_of(epoch, self.user_id)
+        return ("DEL", key) if self.until is not None and now > self.until else (*self.before, key, *self.after)
 
 
 def script(text: str, user_id: str, *arguments: str | int | bytes) -> Command:
@@ -252,8 +258,8 @@ class RedisLine:
         connection: AbstractConnection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             epoch = getattr(connection, _EPOCH)
-            packed = [(*c.before, key_of(epoch, c.user_id), *c.after) for c in commands]
             now, who = asyncio.get_running_loop().time(), self.greeting.who
+            packed = [command.words(epoch, now) for command in commands]
             async with _one_limit(connection, len(packed)):
                 if getattr(connection, _GREETED) > max(now - GREETING_SECONDS, self.doubted):
                     return await _talk(connection, packed)

@@ -103,6 +103,9 @@ cache_outbox = Table(
 EVERYBODY: Final = ""
 """In place of a user in `cache_outbox`: all cached histories are to be dropped. No user has this id."""
 
+LATE: Final = -(2**53)
+"""Rows of `cache_outbox` with smaller numbers are for the last drop of an entry after its user was erased."""
+
 erasures = Table(
     "erasures",
     metadata,

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from service.__main__ import main as service_main
 from service.erasure import Eraser, ErasureUnavailable
 from service.history import HistoryStore, create_redis
-from service.ingest import OVERDUE, EventLog, EventsErased, NewEvent
+from service.ingest import LAST_DROP, OVERDUE, EventLog, EventsErased, NewEvent
 from shared import times
 from shared.database import (
     _alembic,
@@ -67,10 +67,10 @@ async def cached(histories: HistoryStore, user: str = "u") -> tuple[str, list[in
     return found.source, [int(key) for key in found.items]
 
 
-async def sweep(log: EventLog) -> int:
+async def sweep(log: EventLog, after: int = OVERDUE) -> int:
     """What any worker does some seconds later."""
     async with log.engine.begin() as connection:
-        await connection.execute(update(cache_outbox).values(written=cache_outbox.c.written - OVERDUE))
+        await connection.execute(update(cache_outbox).values(written=cache_outbox.c.written - after))
     return await log.settle()
 
 
@@ -96,8 +96,9 @@ async def test_events_and_cache_go_and_others_stay(
     assert [e.item_id for e in await event_log.history("other", 10)] == ["c"]
     async with engine.connect() as connection:
         users = (await connection.execute(select(cache_outbox.c.user_id, cache_outbox.c.seq))).all()
-    assert [(user, seq < 0) for user, seq in users if user == "u"] == [("u", True)]
+    assert [(user, seq < 0) for user, seq in users if user == "u"] == [("u", True), ("u", True)]
     assert await sweep(event_log) >= 1
+    assert await sweep(event_log, LAST_DROP) >= 1
     async with engine.connect() as connection:
         tables = {
             t: (await connection.execute(select(t))).all() for t in (events, cache_outbox, erasures, erased_events)
@@ -277,6 +278,28 @@ async def test_a_late_step_to_the_cache_is_taken_back(
     await event_log.flush()
     assert (await cached(histories))[1] == list(item_keys(["a"]))  # for the seconds up to the sweep
     assert await sweep(event_log) == 1
+    assert await cached(histories) == ("log", [])
+
+
+@pytest.mark.parametrize("stood_still", [True, False], ids=["and sees that it is late", "and does not see it"])
+async def test_a_step_to_the_cache_that_comes_after_the_sweep_is_taken_back_too(
+    event_log: EventLog, histories: HistoryStore, eraser: Eraser, monkeypatch: pytest.MonkeyPatch, stood_still: bool
+) -> None:
+    """The worker stood still between commit and cache, and the entry was made anew meanwhile."""
+    if stood_still:
+        monkeypatch.setattr("service.ingest.FRESH", -1.0)
+    pause = Pause(monkeypatch, histories, "appended")
+    telling = asyncio.create_task(tell(event_log, event("a")))
+    await pause.reached.wait()
+    await eraser.erase("u")
+    assert await sweep(event_log) >= 1
+    assert await cached(histories) == ("log", [])
+    pause.go_on.set()
+    assert await telling == ["accepted"]
+    await event_log.flush()
+    if not stood_still:
+        assert await cached(histories) == ("cache", list(item_keys(["a"])))  # for the seconds up to the last drop
+        assert await sweep(event_log, LAST_DROP) == 1
     assert await cached(histories) == ("log", [])
 
 

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.history import READERS, WINDOW, HistoryStore, HistoryUnavailable, StoredEvent, UserHistory, create_redis
 from service.ingest import EventLog, NewEvent
-from service.redis_line import RedisLine
+from service.redis_line import RedisDown, RedisLine
 from shared.database import create_engine
 from shared.database import events as events_table
 from shared.events import Events, HistoryPolicy, history_of, item_key, item_keys
@@ -402,8 +402,36 @@ class _Deaf(HistoryStore):
     def __init__(self, histories: HistoryStore, engine: AsyncEngine) -> None:
         self.histories, self.engine = histories, engine
 
-    async def appended(self, events: Any, policy: Any) -> bool:
+    async def appended(self, events: Any, policy: Any, until: float | None = None) -> bool:
         return False
+
+
+async def test_a_drop_under_way_does_not_stand_for_an_event_lost_since(
+    histories: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drop was sent before the event: another process may have made the entry anew in between."""
+    first, drop = StoredEvent(1, "u", "a", "view", None, NOW), asyncio.Event()
+
+    async def down(_: object) -> list[Any]:
+        raise RedisDown("gone")
+
+    async def slow(_: object) -> list[Any]:
+        await drop.wait()
+        return [1]
+
+    monkeypatch.setattr(histories._line, "ask", down)
+    assert not await histories.appended([first], POLICY)
+    monkeypatch.setattr(histories._line, "ask", slow)
+    dropping = asyncio.create_task(histories.drop(["u"]))
+    await asyncio.sleep(0)
+    monkeypatch.setattr(histories._line, "ask", down)
+    assert not await histories.appended([first], POLICY)
+    drop.set()
+    assert await dropping
+    assert "u" in histories._dirty
+    monkeypatch.setattr(histories._line, "ask", slow)
+    assert await histories.drop(["u"])
+    assert "u" not in histories._dirty
 
 
 # --- rebuilds -----------------------------------------------------------------------------------------
