@@ -1,11 +1,12 @@
 """How often a key may ask: counted in Redis for all workers together, in windows that start with their first request.
 
-One round trip a request while there is room, none for a key that has used its window up. Where Redis does not answer,
-nobody is refused.
+One round trip a request while there is room, one a second for a key that has used its window up. Where Redis does not
+answer, nobody is refused.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -18,7 +19,6 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from service.errors import RateLimited
 from service.redis_cluster import is_cluster, nodes_of, url_of
@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 PAUSE: Final = 1.0
 """Seconds without a try after Redis failed: a dead Redis must not cost each request its timeout."""
+BELIEVED: Final = 1.0
+"""Seconds for which a key stays used up without a question: its requests alone must notice too that Redis is gone."""
+PATIENCE: Final = 5
+"""Timeouts that one count may take, whatever the client does: that of a cluster asks other nodes too, and sleeps."""
 
 
 def parse_rate(text: str) -> RateLimitItem:
@@ -41,31 +45,45 @@ class RateLimit:
         self.rate = rate
         self._redis, storage = _clients(redis_url, timeout)
         self._windows = FixedWindowRateLimiter(storage)
-        self._used_up: dict[str, float] = {}  # caller -> when the window ends, of time.time
+        self._patience = PATIENCE * timeout
+        # caller -> until when that is believed, and when the window ends; of time.monotonic, as clocks are set back
+        self._used_up: dict[str, tuple[float, float]] = {}
         self._paused_until = 0.0
 
     async def admit(self, caller: str) -> None:
-        """Count one request of `caller`. Raises RateLimited when its window is used up."""
-        if (ends := self._used_up.get(caller)) is not None:
-            if ends > time.time():
-                raise self._refusal(ends)
-            del self._used_up[caller]
-        if time.monotonic() < self._paused_until:
+        """Count one request of `caller`. Raises RateLimited when its window is used up, and nothing else."""
+        now = time.monotonic()
+        if now < self._paused_until:
             return
-        try:
-            if await self._windows.hit(self.rate, caller):
+        believed, ends = self._used_up.get(caller, (0.0, 0.0))
+        if now >= believed:
+            try:
+                async with asyncio.timeout(self._patience):
+                    left = await self._left(caller)
+            except Exception as error:  # errors of a cluster's client are no RedisError, and its bugs refuse nobody
+                self._paused_until = time.monotonic() + PAUSE
+                self._used_up.clear()  # nobody is refused by what a Redis that is gone has said
+                log.warning("Redis cannot be used, requests are not counted: %r", error)
                 return
-            ends = (await self._windows.get_window_stats(self.rate, caller)).reset_time
-        except (RedisError, OSError) as error:
-            self._paused_until = time.monotonic() + PAUSE
-            log.warning("Redis cannot be used, requests are not counted: %r", error)
-            return
-        self._used_up[caller] = ends
-        raise self._refusal(ends)
+            if left is None:
+                self._used_up.pop(caller, None)
+                return
+            now = time.monotonic()
+            ends = now + left
+            self._used_up[caller] = (min(ends, now + BELIEVED), ends)
+        seconds = max(1, math.ceil(ends - now))
+        raise RateLimited(f"This key may ask {self.rate}; try again in {seconds} s.", retry_after=seconds)
 
-    def _refusal(self, ends: float) -> RateLimited:
-        seconds = max(1, math.ceil(ends - time.time()))
-        return RateLimited(f"This key may ask {self.rate}; try again in {seconds} s.", retry_after=seconds)
+    async def _left(self, caller: str) -> float | None:
+        """Count one request; None while there is room, else the seconds to the end of the window."""
+        if await self._windows.hit(self.rate, caller):
+            return None
+        left = (await self._windows.get_window_stats(self.rate, caller)).reset_time - time.time()
+        if left <= self.rate.get_expiry():
+            return left
+        # Redis keeps ends by its machine's clock: it was set back, and the window would last for as much longer.
+        await self._windows.clear(self.rate, caller)
+        return None if await self._windows.hit(self.rate, caller) else 0.0
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -122,6 +122,41 @@ async def test_rates_are_counted_in_a_cluster(nodes: RedisNodes) -> None:
                 await limit.admit(caller)
     finally:
         await limit.aclose()
+
+
+async def test_rates_refuse_nobody_while_a_cluster_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In part and as a whole; afterwards they are counted again."""
+    from service.errors import RateLimited
+
+    monkeypatch.setattr("service.rates.PAUSE", 0.0)
+    monkeypatch.setattr("service.rates.BELIEVED", 0.0)
+    with RedisNodes() as nodes:
+        limit = RateLimit(parse_rate("1/hour"), nodes.url, timeout=5)
+        callers = [f"c{n}" for n in range(12)]
+        try:
+            for caller in callers:
+                await limit.admit(caller)
+                with pytest.raises(RateLimited):
+                    await limit.admit(caller)
+            nodes.nodes[0].kill()
+            for caller in callers:
+                with suppress(RateLimited):  # the other masters serve their slots until they have noticed
+                    await limit.admit(caller)
+            for node in nodes.nodes[1:]:
+                node.kill()
+            for _ in range(2):
+                for caller in callers:
+                    await limit.admit(caller)
+            for node in nodes.nodes:
+                node.start()
+            nodes.settle()
+            async with asyncio.timeout(60):
+                for caller in callers:
+                    with suppress(RateLimited):
+                        while True:
+                            await limit.admit(caller)
+        finally:
+            await limit.aclose()
 
 
 def test_urls_of_a_cluster() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -27,9 +28,10 @@ from service.keys import KeyRing, KeysError, Scope, new_key, parse_keys
 from service.main import create_app
 from service.settings import Settings
 from service.telemetry import JsonLines
-from tests.servers import RedisServer
+from shared.database import create_engine, migrate
+from tests.servers import RedisServer, free_port
 from tests.serving import Running, assert_problem, json_of, running, serving, until
-from tests.worlds import cyclic
+from tests.worlds import cyclic, write_bundle
 
 EVENT = {"user_id": "u", "item_id": "3", "event_type": "view"}
 
@@ -303,8 +305,11 @@ async def test_a_key_that_asks_too_often_is_refused(tmp_path: Path, redis_server
         assert (await upnext.peer(key="x").get("/recommend/u")).status_code == 401
 
 
-async def test_a_used_up_window_costs_no_round_trip_and_ends(redis_server: RedisServer) -> None:
-    limit = rates.RateLimit(rates.parse_rate("1/second"), redis_server.url)
+async def test_a_used_up_window_costs_no_round_trip_and_ends(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "BELIEVED", 3600.0)
+    limit = rates.RateLimit(rates.parse_rate("1/hour"), redis_server.url, timeout=5)
     await limit.admit("a")
     with pytest.raises(RateLimited):
         await limit.admit("a")
@@ -312,9 +317,41 @@ async def test_a_used_up_window_costs_no_round_trip_and_ends(redis_server: Redis
     with pytest.raises(RateLimited):
         await limit.admit("a")
     assert asked(redis_server) == before
-    limit._used_up["a"] = 0.0  # its end has come
+    limit._used_up["a"] = (0.0, 0.0)  # its end has come
     redis_server.cli("FLUSHALL")
     await limit.admit("a")
+    await limit.aclose()
+
+
+@pytest.mark.parametrize("jump", [-7200, 7200])
+async def test_a_clock_that_jumps_makes_no_window_longer(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, jump: int
+) -> None:
+    limit = rates.RateLimit(rates.parse_rate("1/minute"), redis_server.url, timeout=5)
+    await limit.admit("a")
+    with pytest.raises(RateLimited):
+        await limit.admit("a")
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() + jump)
+    for _ in range(2):
+        with pytest.raises(RateLimited) as refused:
+            await limit.admit("a")
+        assert 1 <= refused.value.retry_after <= 60
+        limit._used_up["a"] = (0.0, limit._used_up["a"][1])  # Redis is asked again
+    await limit.aclose()
+
+
+async def test_a_window_that_the_clock_of_redis_made_longer_is_begun_anew(redis_server: RedisServer) -> None:
+    limit = rates.RateLimit(rates.parse_rate("2/minute"), redis_server.url, timeout=5)
+    for _ in range(2):
+        await limit.admit("a")
+    (key,) = redis_server.keys()
+    redis_server.cli("EXPIRE", key, "7260")  # as its clock that is set back by two hours makes it
+    for _ in range(2):
+        await limit.admit("a")
+    with pytest.raises(RateLimited) as refused:
+        await limit.admit("a")
+    assert 1 <= refused.value.retry_after <= 60
     await limit.aclose()
 
 
@@ -340,8 +377,60 @@ async def test_nobody_is_refused_while_redis_is_down(tmp_path: Path, redis_of_te
             json_of(await reader.get("/recommend/u"))
 
 
+@pytest.mark.parametrize("found_by", ["itself", "another"])
+async def test_a_key_that_was_used_up_is_let_in_while_redis_is_down(
+    redis_of_test: RedisServer, monkeypatch: pytest.MonkeyPatch, found_by: str
+) -> None:
+    monkeypatch.setattr(rates, "BELIEVED", 0.0 if found_by == "itself" else 3600.0)
+    monkeypatch.setattr(rates, "PAUSE", 0.0)
+    limit = rates.RateLimit(rates.parse_rate("1/hour"), redis_of_test.url, timeout=5)
+    await limit.admit("a")
+    with pytest.raises(RateLimited):
+        await limit.admit("a")
+    redis_of_test.kill()
+    if found_by == "another":
+        await limit.admit("b")
+    for _ in range(5):
+        await limit.admit("a")
+    redis_of_test.start()
+    await limit.admit("a")
+    with pytest.raises(RateLimited):
+        await limit.admit("a")
+    await limit.aclose()
+
+
+async def test_nobody_is_refused_while_no_node_of_a_cluster_can_be_reached(tmp_path: Path, keys: Keys) -> None:
+    url = f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{free_port()}"
+    write_bundle(tmp_path / "bundles", cyclic())
+    database = f"sqlite:///{tmp_path}/upnext.db"
+    engine = create_engine(database)
+    await migrate(engine)
+    await engine.dispose()
+    settings = Settings(
+        redis_url=url, database_url=database, bundles=tmp_path / "bundles", api_keys_file=keys.file, rate_limit="1/hour"
+    )
+    async with running(settings) as upnext:
+        for _ in range(5):
+            json_of(await upnext.peer(key=keys.of["all"]).get("/recommend/u"))
+
+
+async def test_one_count_waits_no_longer_than_its_patience(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = rates.RateLimit(rates.parse_rate("1/hour"), redis_server.url)
+
+    async def endless(*_: object) -> bool:
+        await asyncio.Event().wait()
+        return True
+
+    monkeypatch.setattr(limit._windows, "hit", endless)
+    async with asyncio.timeout(60):
+        await limit.admit("a")
+    await limit.aclose()
+
+
 async def test_one_round_trip_a_request(redis_server: RedisServer) -> None:
-    limit = rates.RateLimit(rates.parse_rate("1000000/hour"), redis_server.url)
+    limit = rates.RateLimit(rates.parse_rate("1000000/hour"), redis_server.url, timeout=5)
     await limit.admit("a")  # connects, and loads the script
     before = asked(redis_server)
     for _ in range(20):
