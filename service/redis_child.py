@@ -1,26 +1,40 @@
 """A Redis of our own for a machine that has none running: a child process on a unix socket, without persistence.
 
-The history cache can be rebuilt from the event log, so nothing is lost when it goes.
+The history cache can be rebuilt from the event log, so nothing is lost when it goes; another one is started then.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 START_SECONDS: Final = 5.0
 
 # The child must not outlive us, even when we are killed with -9 and can clean up nothing. So a shell stands between,
-# waiting on a pipe that only we hold open: the kernel closes it when we die, however we die, and `read` returns.
-_KEEPER: Final = '"$@" & child=$!; read _; kill "$child"; wait "$child"'
+# waiting on a pipe that only we hold open: the kernel closes it when we die, however we die, and `read` returns. Then
+# the shell kills its process group, which has nobody else in it: no server that was being started just then escapes.
+# A server that ends is told of, where somebody reads that or not, and started again; after a pause, lest a server that
+# cannot run at all keeps a core busy.
+_KEEPER: Final = """
+trap "" PIPE
+while :; do
+    "$@"
+    echo "redis-server ended (status $?); another one is started" >&2
+    sleep 1 || exit
+done &
+read _
+kill -9 0
+"""
 
 
 class RedisMissing(Exception):  # noqa: N818 - says what it is
@@ -39,7 +53,7 @@ def start_redis(max_memory: str = "256mb") -> Iterator[str]:
             ["/bin/sh", "-c", _KEEPER, "sh", binary, *_options(folder, path, max_memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C goes to the workers first; they still use it
+            start_new_session=True,  # a group of its own; and Ctrl-C goes to the workers first, who still use it
         )
         try:
             _wait(path, keeper)
@@ -99,10 +113,8 @@ def _answers(path: Path) -> bool:
 
 
 def _end(keeper: subprocess.Popen[bytes]) -> None:
-    assert keeper.stdin is not None  # noqa: S101 - it was asked for
-    keeper.stdin.close()
-    try:
-        keeper.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        keeper.kill()
-        keeper.wait()
+    # At once: it has nothing to save. The whole group: the shell may have been killed, and the server left.
+    with suppress(ProcessLookupError):
+        os.killpg(keeper.pid, signal.SIGKILL)
+    with keeper:  # closes the pipe, and waits
+        pass

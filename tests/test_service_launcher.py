@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.redis_child import RedisMissing, find_redis, start_redis
+from service.redis_child import RedisMissing, _answers, find_redis, start_redis
 from tests.faults import fault
 from tests.servers import PostgresServer, free_port
 from tests.worlds import cyclic, write_bundle
@@ -131,7 +131,7 @@ def test_starts_serves_and_stops_everything(folder: Path, workers: int, how: sig
         assert "UPNEXT_PORT" in taken.stderr
         assert "Traceback" not in taken.stderr
         below = descendants(process.pid)
-        assert len(below) >= 2  # the keeper and its Redis
+        assert len(below) >= 3  # the keeper, its loop and its Redis
         process.send_signal(how)
         assert process.wait(timeout=120) == 0
         assert gone(below)
@@ -386,13 +386,99 @@ def test_starts_without_its_database_and_serves_when_it_comes(folder: Path, post
 def test_redis_does_not_outlive_a_killed_launcher(folder: Path) -> None:
     port = free_port()
     with launched(folder, port) as process:
-        deadline = time.monotonic() + 60
-        while len(below := descendants(process.pid)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert len(below) >= 2
+        until_redis(process.pid)
+        below = descendants(process.pid)
         process.kill()
         process.wait()
         assert gone(below)
+
+
+@fault("The Redis that the launcher started is killed")
+@pytest.mark.slow
+def test_redis_of_the_launcher_comes_back(folder: Path) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
+    with launched(folder, port) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        wait_ready(client)
+        for item in ("3", "5"):
+            event = {"user_id": "u", "item_id": item, "event_type": "view"}
+            assert client.post("/events", json=event).status_code == 200
+            killed = until_redis(process.pid)
+            os.kill(killed, signal.SIGKILL)
+            sources: list[str] = []
+            deadline = time.monotonic() + 60
+            while sources[-2:] != ["cache"] * 2 or until_redis(process.pid) == killed:
+                assert time.monotonic() < deadline, sources
+                answer = client.get("/recommend/u?n=1").json()
+                assert answer["items"][0]["item_id"] == str(int(item) + 1)
+                sources.append(answer["history_source"])
+                time.sleep(0.05)  # nobody reads the log here, and a pipe does not take much of it
+            assert "log" in sources
+        below = descendants(process.pid)
+        process.kill()
+        process.wait()
+        assert gone(below)
+
+
+def until_redis(pid: int) -> int:
+    """The process id of the one redis-server below a launcher or a keeper, once it runs."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            found = [p for p in descendants(pid) if b"redis-server" in Path(f"/proc/{p}/comm").read_bytes()]
+            if found:
+                assert len(found) == 1
+                return found[0]
+        time.sleep(0.02)
+    raise AssertionError("no redis-server after 60 s")
+
+
+def until_pong(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while not _answers(Path(url.removeprefix("unix://"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def keepers() -> list[int]:
+    """The shells around a redis-server that this process started: each keeper, and then its loop."""
+    return [p for p in descendants(os.getpid()) if b"another one is started" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def test_own_redis_comes_back_and_leaves_nothing() -> None:
+    with start_redis() as url:
+        keeper = keepers()[0]
+        for _ in range(2):
+            os.kill(killed := until_redis(keeper), signal.SIGKILL)
+            until_pong(url)
+            assert until_redis(keeper) != killed
+        os.kill(until_redis(keeper), signal.SIGKILL)  # and the block ends while another one is about to be started
+        below = [keeper, *descendants(keeper)]
+    assert gone(below)
+    assert keepers() == []
+
+
+def test_own_redis_does_not_outlive_its_keeper() -> None:
+    with start_redis():
+        keeper = keepers()[0]
+        below = [keeper, *descendants(keeper)]
+        os.kill(keeper, signal.SIGKILL)
+    assert gone(below)
+
+
+def test_a_redis_that_cannot_start_is_told_and_not_tried_without_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    binary = folder / "redis-server"
+    binary.write_text(f"#!/bin/sh\necho >> {folder}/tries\nexit 3\n")
+    binary.chmod(0o700)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr("service.redis_child.START_SECONDS", 1.5)
+    with pytest.raises(RedisMissing, match="does not answer"), start_redis():
+        pass
+    assert keepers() == []
+    assert 1 <= len((folder / "tries").read_text()) <= 3
+    assert "redis-server ended (status 3)" in capfd.readouterr().err
 
 
 def test_own_redis_starts_and_ends() -> None:
