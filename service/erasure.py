@@ -34,7 +34,7 @@ _CHUNK: Final = 1_000
 
 
 class ErasureUnavailable(Exception):  # noqa: N818 - says what it is
-    """The database cannot be reached or is busy; nothing was erased."""
+    """The database cannot be reached or is busy; perhaps nothing was erased. Asking again is safe."""
 
 
 class ErasureUnknown(Exception):  # noqa: N818 - says what it is
@@ -62,13 +62,16 @@ class Eraser:
 
     async def erase(self, user_id: str) -> Erasure:
         """Erase all events of the user; again, those that came since. Raises ErasureUnavailable, ErasureUnknown."""
-        with database_failures_as(ErasureUnavailable):
-            async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
-                if not await has_erasure(connection):
-                    raise ErasureUnknown
-            async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
-                done = await self._erase(connection, user_id)
-        await self.histories.drop([user_id])  # if Redis is down, this process and the sweep of the outbox see to it
+        try:
+            with database_failures_as(ErasureUnavailable):
+                async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
+                    if not await has_erasure(connection):
+                        raise ErasureUnknown
+                # Another transaction: SQLite's cannot write after it has read what somebody else changes meanwhile.
+                async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
+                    done = await self._erase(connection, user_id)
+        finally:  # also where the commit's answer did not come
+            await self.histories.drop([user_id])  # if Redis is down, this process and the sweep of the outbox see to it
         return done
 
     async def _erase(self, connection: AsyncConnection, user_id: str) -> Erasure:

@@ -33,6 +33,7 @@ async def erase_user(user_id: UserPath, services: ServicesOf) -> Response:
     except ErasureUnknown:
         raise errors.SchemaBehind() from None
     except ErasureUnavailable as error:
-        raise errors.LogDown("The event log cannot be reached or is busy; nothing was erased.") from error
+        unknown = "The event log cannot be reached or is busy. Whether the user was erased is not known: ask again."
+        raise errors.LogDown(unknown) from error
     services.metrics.erasures.inc()
     return answer({"user_id": user_id, "events": done.events, "erased_at": render(done.erased_at)})
