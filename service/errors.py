@@ -296,9 +296,13 @@ def cleaned(text: str) -> str:
 
 
 def responses(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI `responses` of a route that raises `kinds`: an example body for each, by status."""
+    """The OpenAPI `responses` of a route that raises `kinds`: an example body for each, by status.
+
+    Any route may fail for a reason that nobody thought of, and says so in the same form.
+    """
     found: dict[int | str, dict[str, Any]] = {}
-    for kind in kinds:
+    every: tuple[type[ServiceError], ...] = (*kinds, ServiceError)
+    for kind in every:
         entry = found.setdefault(
             kind.status,
             {
@@ -321,7 +325,10 @@ def _example(kind: type[ServiceError]) -> dict[str, Any]:
         "instance": "/the/path/asked",
     }
     if kind is Invalid:
-        value["errors"] = [{"parameter": "n", "detail": "Input should be less than or equal to 100"}]
+        value["errors"] = [
+            {"parameter": "n", "detail": "Input should be less than or equal to 100"},
+            {"pointer": "/events/0/item_id", "detail": "Field required"},
+        ]
     if kind is Erased:
         value["errors"] = [{"pointer": "/events/0", "detail": "The user was erased at 2026-11-22T10:00:00Z"}]
     if kind is Conflict:

@@ -9,6 +9,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from service.settings import Settings
@@ -151,10 +152,18 @@ def test_names_of_required_models_stand_with_commas_between(monkeypatch: pytest.
     assert Settings().required_models == ("sasrec", "bert4rec")
 
 
-async def test_a_bundle_whose_numbers_are_not_finite_is_not_served(tmp_path: Path, redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("where", ["encoder", "vectors"])
+async def test_a_bundle_whose_numbers_are_not_finite_is_not_served(
+    tmp_path: Path, redis_server: RedisServer, where: str
+) -> None:
     async with serving(tmp_path, redis_server, cyclic(), **QUICK) as upnext:
-        world = cyclic()
-        broken = replace(world, models=("sasrec",), tables={"sasrec": circle(12) * float("nan")})
+        broken = replace(cyclic(), models=("sasrec",))
+        if where == "encoder":
+            broken = replace(broken, tables={"sasrec": circle(12) * float("nan")})
+        else:
+            vectors = np.eye(12, dtype=np.float32)
+            vectors[3, 0] = np.nan
+            broken = replace(broken, vectors=vectors)
         write_bundle(upnext.settings.bundles, broken, version="nan")
         await until(lambda: upnext.services.live.bundle_failure is not None)
         assert "not finite" in str(upnext.services.live.bundle_failure)

@@ -173,6 +173,9 @@ def test_every_error_has_an_example() -> None:
         for example in content["examples"].values():
             assert {"type", "title", "status", "detail", "instance"} <= example["value"].keys(), path
     assert "Problem" in document["components"]["schemas"]
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert "internal" in operation["responses"]["500"]["content"][MEDIA_TYPE]["examples"]
 
 
 def test_examples_of_bodies_are_accepted() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
@@ -51,7 +51,13 @@ def refuse_unready(live: Live, checks: dict[str, str]) -> None:
         raise errors.NotReady(str(error), checks=checks) from error
 
 
-@router.get("/metrics", response_class=Response, summary="Prometheus metrics")
+_EXPOSITION: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+
+
+@router.get("/metrics", response_class=Response, summary="Prometheus metrics",
+            responses=_EXPOSITION | errors.responses())  # fmt: skip
 async def metrics(services: ServicesOf) -> Response:
     """Of all workers of this host together."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
