@@ -301,7 +301,7 @@ def test_services_wait_for_services_that_can_tell(compose: dict[str, Any]) -> No
         for name, need in service.get("depends_on", {}).items():
             assert need["condition"] != "service_healthy" or "healthcheck" in services[name]
     assert services["service"]["depends_on"] == {
-        "redis": {"condition": "service_healthy"},
+        "redis": {"condition": "service_started"},
         "postgres": {"condition": "service_healthy"},
         "migrate": {"condition": "service_completed_successfully"},
     }
