@@ -25,7 +25,7 @@ from typing import Final
 import orjson
 import uvicorn
 from pydantic import ValidationError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
@@ -33,11 +33,13 @@ from service.keys import KeyRing, KeysError, Scope, new_key
 from service.redis_child import RedisMissing, start_redis
 from service.settings import PREFIX, Settings, markdown_table
 from shared.bundle import BundleError, current_version
-from shared.database import SchemaError, create_engine, migrate
+from shared.database import SchemaError, close, create_engine, is_migrated, is_passing, migrate
 from shared.erasure import Tombstones, read_tombstones
 
 HUNG_SECONDS: Final = 15
 """A worker that does not answer the launcher for so long is replaced; imports on a busy machine take several."""
+DATABASE_SECONDS: Final = 5.0
+"""How long the start waits for the database to say which schema it has."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,12 +137,19 @@ def migrate_only(settings: Settings) -> int:
     return 0
 
 
-async def _migrate(url: str) -> None:
+async def _migrate(url: str, patience: float | None = None) -> None:
+    """Bring the schema up to date. Raises TimeoutError if the database does not say within `patience` which it has.
+
+    A migration that has begun takes as long as it takes: events may be many.
+    """
     engine = create_engine(url)
     try:
-        await migrate(engine)
+        async with asyncio.timeout(patience):
+            migrated = await is_migrated(engine)
+        if not migrated:
+            await migrate(engine)
     finally:
-        await engine.dispose()
+        await close(engine)
 
 
 def run(settings: Settings) -> int:
@@ -177,12 +186,23 @@ def run(settings: Settings) -> int:
 
 
 def migrate_if_there(settings: Settings) -> None:
-    """Bring the schema up to date, unless no database answers: the workers can wait for it as well."""
+    """Bring the schema up to date, unless no database answers: the workers can wait for it as well.
+
+    One that answers, and will not take us today or tomorrow, is an error.
+    """
     try:
-        asyncio.run(_migrate(settings.database_url))
+        asyncio.run(_migrate(settings.database_url, DATABASE_SECONDS))
+        return
+    except TimeoutError:
+        reason = f"no answer within {DATABASE_SECONDS:.0f} s"
     except OSError as error:
-        say(f"Database cannot be reached ({error}); the workers start, and serve as soon as it can")
-        say("         If this release is new to it, run then: python -m service migrate")
+        reason = str(error)
+    except DBAPIError as error:
+        if not is_passing(error):
+            raise
+        reason = str(error.orig)
+    say(f"Database cannot be reached ({reason}); the workers start, and serve as soon as it can")
+    say("         If this release is new to it, run then: python -m service migrate")
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

@@ -27,6 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.catalogue import CatalogueUnavailable, LiveCatalogue
 from service.errors import CatalogueDown, NoBundle, UnknownModel
+from service.history import READ_SECONDS, database_failures_as
 from service.memory import trim, uncollected
 from service.metrics import Metrics
 from service.queries import QueryVectors
@@ -243,7 +244,9 @@ class Live:
         """Fetch and apply what changed since the last time."""
         try:
             if not self.catalogue_read:
-                await check_schema(self.catalogue.engine)
+                with database_failures_as(CatalogueUnavailable):
+                    async with asyncio.timeout(READ_SECONDS):  # the start of the worker waits for it
+                        await check_schema(self.catalogue.engine)
             revision, changes = await self.catalogue.changes_since(self.revision)
         except (CatalogueUnavailable, SchemaError, SQLAlchemyError, OSError) as error:
             reason = str(error) if isinstance(error, SchemaError) else "the database cannot be read"

@@ -6,6 +6,8 @@ The schema changes by Alembic revisions alone (`shared/migrations`), applied by 
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -14,6 +16,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -33,7 +36,10 @@ from sqlalchemy import (
     make_url,
 )  # fmt: skip
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+log = logging.getLogger(__name__)
 
 metadata = MetaData(
     naming_convention={
@@ -129,6 +135,14 @@ erasure_key = Table(
 )
 
 
+CLOSE_SECONDS: Final = 1.0
+"""A database that takes longer to say goodbye is left without."""
+_PASSING_STATES: Final = ("08", "25006", "40", "53", "55P03", "57P01", "57P02", "57P03", "57P05")
+"""PostgreSQL: a connection that broke, a standby, a deadlock, no room (for connections, on the disk), a lock, a server
+that stops or starts."""
+_PASSING_NAMES: Final = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL")
+
+
 class SchemaError(Exception):
     """A database whose schema does not fit this release."""
 
@@ -194,10 +208,38 @@ def _alembic(connection: Connection | None = None) -> Config:
     return config
 
 
+def is_passing(error: DBAPIError) -> bool:
+    """Whether the database may well do later what it did not do now, without anybody changing the settings."""
+    state, name = getattr(error.orig, "sqlstate", None) or "", getattr(error.orig, "sqlite_errorname", None) or ""
+    return error.connection_invalidated or state.startswith(_PASSING_STATES) or name.startswith(_PASSING_NAMES)
+
+
+async def close(engine: AsyncEngine) -> None:
+    """Close the engine's connections. PostgreSQL is to agree to each; one that hangs is not waited for."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await engine.dispose()
+    except TimeoutError:
+        log.warning("the database does not answer, so its connections are dropped")
+
+
 async def migrate(engine: AsyncEngine, revision: str = "head") -> None:
-    """Bring the schema to `revision`. Safe to call when it is there already."""
-    async with engine.begin() as connection:
-        await connection.run_sync(lambda c: command.upgrade(_alembic(c), revision))
+    """Bring the schema to `revision`. Safe to call when it is there already. Raises SchemaError for one it cannot."""
+    try:
+        async with engine.begin() as connection:
+            await connection.run_sync(lambda c: command.upgrade(_alembic(c), revision))
+    except CommandError as error:
+        raise SchemaError(f"the database has a schema that this release does not know: {error}") from error
+
+
+async def is_migrated(engine: AsyncEngine) -> bool:
+    """Whether the database has this release's schema; it is only read."""
+    async with engine.connect() as connection:
+        return await _revision(connection) == ScriptDirectory.from_config(_alembic()).get_current_head()
+
+
+async def _revision(connection: AsyncConnection) -> str | None:
+    return await connection.run_sync(lambda c: MigrationContext.configure(c).get_current_revision())
 
 
 async def check_schema(engine: AsyncEngine) -> None:
@@ -206,7 +248,7 @@ async def check_schema(engine: AsyncEngine) -> None:
     At the one before (0001) everything works but erasure: no user can be erased, and no tombstone is kept.
     """
     async with engine.connect() as connection:
-        found = await connection.run_sync(lambda c: MigrationContext.configure(c).get_current_revision())
+        found = await _revision(connection)
     scripts = ScriptDirectory.from_config(_alembic())
     wanted = scripts.get_current_head()
     if found not in (wanted, scripts.get_revision("head").down_revision):

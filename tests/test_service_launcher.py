@@ -7,19 +7,26 @@ import os
 import re
 import signal
 import socket
+import socketserver
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy.exc import DBAPIError
 
+from service.__main__ import migrate_if_there
 from service.redis_child import RedisMissing, _answers, find_redis, start_redis
+from service.settings import Settings
 from tests.faults import fault
-from tests.servers import PostgresServer, free_port
+from tests.servers import PostgresServer, RedisServer, free_port
+from tests.serving import running
 from tests.worlds import cyclic, write_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -380,6 +387,101 @@ def test_starts_without_its_database_and_serves_when_it_comes(folder: Path, post
         assert client.get("/recommend/u?n=1").json()["items"][0]["item_id"] == "4"
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The URL of a server to which one can connect, and which never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # the kernel accepts
+        yield f"postgresql://user:word@127.0.0.1:{listening.getsockname()[1]}/base"
+
+
+@fault("The database hangs at the start")
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_starts_though_its_database_says_nothing(folder: Path, silent: str, workers: int) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
+    with (
+        launched(folder, port, database_url=silent, workers=workers) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
+    ):
+        until_alive(client)
+        ready = client.get("/readyz")
+        assert (ready.status_code, ready.json()["checks"]["catalogue"]) == (503, "the database cannot be read")
+        assert client.get("/recommend/u").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        assert process.stderr is not None
+        assert "Database cannot be reached (no answer" in process.stderr.read()
+
+
+async def test_a_worker_by_itself_starts_though_its_database_says_nothing(
+    tmp_path: Path, redis_server: RedisServer, silent: str
+) -> None:
+    async with asyncio.timeout(30):
+        async with running(Settings(redis_url=redis_server.url, database_url=silent, bundles=tmp_path)) as upnext:
+            assert (await upnext.http.get("/livez")).status_code == 200
+            assert (await upnext.http.get("/readyz")).status_code == 503
+
+
+@contextmanager
+def refusing(state: str) -> Iterator[str]:
+    """The URL of a PostgreSQL that refuses every connection with this SQLSTATE."""
+    fields = b"".join(f"{field}\0".encode() for field in ("SFATAL", f"C{state}", "Mno"))
+    reply = b"E" + (len(fields) + 5).to_bytes(4) + fields + b"\0"
+
+    class Refusal(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(8)  # asks for TLS first
+            self.request.sendall(b"N")
+            self.request.recv(4096)
+            self.request.sendall(reply)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield f"postgresql://user:word@127.0.0.1:{server.server_address[1]}/base"
+        server.shutdown()
+
+
+@fault("The database refuses connections for now at the start")
+@pytest.mark.parametrize("state", ["57P03", "53300"])  # it is starting up; it has no connection left
+def test_a_database_that_refuses_for_now_does_not_stop_the_start(
+    state: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with refusing(state) as url:
+        migrate_if_there(Settings(database_url=url))
+    assert "Database cannot be reached (" in capsys.readouterr().err
+
+
+def test_a_locked_sqlite_does_not_stop_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = sqlite3.connect(tmp_path / "here.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    migrate_if_there(Settings(database_url=f"sqlite:///{tmp_path / 'here.db'}?timeout=0.1"))
+    other.close()
+    assert "Database cannot be reached (database is locked)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["28P01", "3D000"])  # a wrong password; no such database
+def test_a_database_that_refuses_for_good_stops_the_start(state: str) -> None:
+    with refusing(state) as url, pytest.raises(DBAPIError):
+        migrate_if_there(Settings(database_url=url))
+
+
+def test_a_database_of_a_newer_release_stops_the_start(folder: Path) -> None:
+    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+        settings = environment(folder, port=free_port(), database_url="sqlite:///here.db")
+        return subprocess.run(
+            command(*arguments), cwd=folder, env=settings, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    assert start("migrate").returncode == 0
+    with closing(sqlite3.connect(folder / "here.db", isolation_level=None)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    for done in (start(), start("migrate")):
+        assert done.returncode == 1
+        assert "9999" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
