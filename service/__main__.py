@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -31,7 +32,7 @@ from uvicorn.supervisors import Multiprocess
 
 from service.keys import KeyRing, KeysError, Scope, new_key
 from service.redis_child import RedisMissing, start_redis
-from service.settings import PREFIX, Settings, markdown_table
+from service.settings import GRACE_SECONDS, PREFIX, Settings, markdown_table
 from shared.bundle import BundleError, current_version
 from shared.database import SchemaError, close, create_engine, is_migrated, is_passing, migrate
 from shared.erasure import Tombstones, read_tombstones
@@ -239,6 +240,20 @@ def greet(settings: Settings) -> None:
         say("Keys     none: it answers this machine alone")
 
 
+class Workers(Multiprocess):
+    """The worker processes. One that does not even notice that its time to stop is over is killed."""
+
+    def join_all(self) -> None:
+        """Wait for the workers' end, for as long as they have."""
+        deadline = time.monotonic() + (self.config.timeout_graceful_shutdown or 0) + GRACE_SECONDS + 1
+        for worker in self.processes:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            if worker.process.is_alive():
+                say(f"Worker {worker.pid} does not stop, so it is killed")
+                worker.process.kill()
+            worker.join()
+
+
 def serve(settings: Settings) -> None:
     """The workers; returns when they have stopped. Exits with an error when one cannot start."""
     from service.telemetry import logging_config  # noqa: PLC0415 - after PROMETHEUS_MULTIPROC_DIR is set
@@ -264,7 +279,7 @@ def serve(settings: Settings) -> None:
         server.run()
         failed = not server.started
     else:
-        supervisor = Multiprocess(config, sockets=[config.bind_socket()])
+        supervisor = Workers(config, sockets=[config.bind_socket()])
         supervisor.run()
         failed = any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes)
     if failed:

@@ -53,6 +53,8 @@ SWEEP_ROWS: Final = 1_000
 ATTEMPTS: Final = 3
 GROUP_EVENTS: Final = 2_000
 """Events in one transaction, unless one request alone has more."""
+CLOSE_SECONDS: Final = 1.0
+"""For what is under way when the service stops. Who waited for it was told already, and its rows are swept later."""
 PATIENCE: Final = 10.0
 """Seconds after which a request that could not be written is told so."""
 
@@ -221,6 +223,16 @@ class EventLog:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        finishing = asyncio.create_task(self._finish())
+        # Not by a timeout: what hangs in the database takes its time to be cancelled, too.
+        await asyncio.wait({finishing}, timeout=CLOSE_SECONDS)
+        if finishing.done():
+            finishing.result()
+        else:
+            finishing.cancel()
+            log.warning("the event log does not answer, so what is under way is left to the sweep of the next start")
+
+    async def _finish(self) -> None:
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):

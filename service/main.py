@@ -33,7 +33,7 @@ from service.routes.dependencies import Services
 from service.settings import Settings
 from service.telemetry import Telemetry
 from service.version import VERSION
-from shared.database import READER_KIB, create_engine
+from shared.database import READER_KIB, close, create_engine
 
 DESCRIPTION: Final = """
 What next, for a user, from the order of what they did.
@@ -119,7 +119,7 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         await stack.enter_async_context(metrics.flushing())
         pool = {"pool_size": CONNECTIONS, "max_overflow": 0, "pool_timeout": POOL_SECONDS}
         engine = create_engine(settings.database_url, sqlite_kib=READER_KIB, **pool)
-        stack.push_async_callback(engine.dispose)
+        stack.push_async_callback(close, engine)
         create = create_cluster if is_cluster(settings.redis_url) else create_redis
         redis = create(settings.redis_url)
         stack.push_async_callback(redis.aclose)

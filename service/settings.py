@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -14,6 +14,8 @@ from service.redis_cluster import is_cluster, nodes_of, url_of
 from shared.retrieval import Mode
 
 PREFIX = "UPNEXT_"
+GRACE_SECONDS: Final = 5
+"""Beyond `drain_seconds`, for what comes after the last request: the workers' tasks, and closing connections."""
 
 
 class Settings(BaseSettings):

@@ -1,8 +1,10 @@
-"""What a worker process is beyond the application: it stops when its launcher is gone, and says when it cannot start.
+"""What a worker process is beyond the application: it stops when its launcher is gone, it stops in time whatever hangs,
+and it says when it cannot start.
 
 A launcher that is killed with -9 stops nobody. Its workers would go on, hold the port against the next launcher, and
-nobody would replace them when they die. A worker that dies of an error in what it is made of would die of it again: the
-launcher stops instead of starting it for ever.
+nobody would replace them when they die. A worker that is told to stop would wait for whatever hangs, for ever: after a
+set time it is gone, and nothing is lost by that, for events are acknowledged after their commit. A worker that dies of
+an error in what it is made of would die of it again: the launcher stops instead of starting it for ever.
 """
 
 from __future__ import annotations
@@ -14,25 +16,27 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
-from typing import Final
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any
 
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
 from service.memory import settle_allocator
-from service.settings import Settings
+from service.settings import GRACE_SECONDS, Settings
 
 log = logging.getLogger(__name__)
-
-GRACE_SECONDS: Final = 5
-"""Beyond `drain_seconds`, for what comes after the last request: the workers' tasks, and closing connections."""
 
 
 def create_app() -> FastAPI:
     """The application, for uvicorn to call in each worker."""
     settle_allocator()
     settings = Settings()
+    _stop_in_time(settings.drain_seconds + GRACE_SECONDS)
     launcher = multiprocessing.parent_process()
     if launcher is not None:  # a single worker has no process of its own: it is the launcher
         wait = threading.Thread(target=_outlive, args=(launcher, settings.drain_seconds), daemon=True)
@@ -44,6 +48,31 @@ def create_app() -> FastAPI:
     except Exception:
         log.exception("this worker cannot start")
         sys.exit(STARTUP_FAILURE)
+
+
+def _stop_in_time(seconds: int) -> None:
+    """Have SIGTERM and SIGINT also start the time after which the process ends, whatever it waits for then."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # nobody else may handle signals
+    told: SimpleQueue[int] = SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        former = signal.getsignal(number)
+        if callable(former):  # uvicorn's: the application is made after it has put in its own
+            signal.signal(number, partial(_tell, told, former))
+    threading.Thread(target=_end, args=(seconds, told), daemon=True).start()
+
+
+def _tell(told: SimpleQueue[int], former: Callable[[int, FrameType | None], object], number: int, frame: Any) -> None:
+    told.put(number)  # of all queues and events, the one that a signal may use whatever it interrupts
+    former(number, frame)
+
+
+def _end(seconds: int, told: SimpleQueue[int]) -> None:
+    """Not a task: it is the event loop, or what closes it, that may hang."""
+    told.get()
+    time.sleep(seconds)
+    log.error("something still hangs %d s after this worker was told to stop, so it ends at once", seconds)
+    os._exit(1)
 
 
 def _outlive(launcher: BaseProcess, drain_seconds: int) -> None:

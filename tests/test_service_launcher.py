@@ -14,16 +14,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 
 from service.__main__ import migrate_if_there
 from service.redis_child import RedisMissing, _answers, find_redis, start_redis
 from service.settings import Settings
+from shared.database import create_engine, events
 from tests.faults import fault
 from tests.servers import PostgresServer, RedisServer, free_port
 from tests.serving import running
@@ -482,6 +485,93 @@ def test_a_database_of_a_newer_release_stops_the_start(folder: Path) -> None:
         assert done.returncode == 1
         assert "9999" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@fault("PostgreSQL hangs at SIGTERM")
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stops_though_its_database_hangs(folder: Path, postgresql: PostgresServer, workers: int) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    url, port = asyncio.run(postgresql.new_database()), free_port()
+    body = b'{"user_id": "u", "item_id": "4", "event_type": "view"}'
+    head = f"POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with (
+        launched(folder, port, database_url=url, workers=workers, drain_seconds=1) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        wait_ready(client)
+        event = {"user_id": "u", "item_id": "3", "event_type": "view"}
+        assert client.post("/events", json=event).status_code == 200
+        with ThreadPoolExecutor(16) as threads:  # at once, so that the pools have connections which nobody uses then
+            assert {r.status_code for r in threads.map(client.get, ["/users/u/history"] * 64)} == {200}
+        below = descendants(process.pid)
+        postgresql.freeze()
+        try:
+            with socket.create_connection(("127.0.0.1", port), 60) as waiting:
+                waiting.sendall(f"{head}\r\n\r\n".encode() + body)
+                time.sleep(0.5)  # it is in hand
+                process.send_signal(signal.SIGTERM)
+                process.wait(timeout=60)
+            assert gone(below)
+        finally:
+            postgresql.thaw()
+    engine = create_engine(url)
+
+    async def stored() -> list[str]:
+        async with engine.connect() as connection:
+            found = list(await connection.scalars(select(events.c.item_id).order_by(events.c.seq)))
+        await engine.dispose()
+        return found
+
+    assert asyncio.run(stored())[:1] == ["3"]  # the other one was never acknowledged
+
+
+STUCK = """
+import asyncio, sys, time
+import uvicorn.lifespan.on
+async def shutdown(self):
+    print("stuck", file=sys.stderr, flush=True)
+    time.sleep(3600)  # as a call does into a file system that is gone
+uvicorn.lifespan.on.LifespanOn.shutdown = shutdown
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stops_whatever_hangs(folder: Path, workers: int) -> None:
+    (folder / "sitecustomize.py").write_text(STUCK)
+    port = free_port()
+    chosen = environment(folder, port=port, workers=workers, drain_seconds=1) | {"PYTHONPATH": f"{folder}:{ROOT}"}
+    process = subprocess.Popen(command(), cwd=folder, env=chosen, stderr=subprocess.PIPE, text=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            until_alive(client)
+        below = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert gone(below)
+    assert said.count("stuck") == workers
+    assert said.count("something still hangs") == workers
+
+
+@fault("A worker hangs at SIGTERM")
+@pytest.mark.slow
+def test_the_launcher_kills_a_worker_that_does_not_hear_it(folder: Path) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port = free_port()
+    with (
+        launched(folder, port, workers=2, drain_seconds=1) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        wait_ready(client)
+        below = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        os.kill(workers_of(process.pid)[0], signal.SIGSTOP)
+        assert process.wait(timeout=60) == 0
+        assert gone(below)
 
 
 @pytest.mark.slow
