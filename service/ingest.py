@@ -34,7 +34,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from service.commit import Identity, Log, Row, WriteFailed, writer_for
 from service.history import HistoryStore, reading
 from shared import times
-from shared.database import EVERYBODY, LATE, cache_outbox, events
+from shared.database import EVERYBODY, LATE, cache_outbox, events, seconds_to_close
 from shared.events import HistoryPolicy
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,6 @@ SWEEP_ROWS: Final = 1_000
 ATTEMPTS: Final = 3
 GROUP_EVENTS: Final = 2_000
 """Events in one transaction, unless one request alone has more."""
-CLOSE_SECONDS: Final = 1.0
-"""For what is under way when the service stops. Who waited for it was told already, and its rows are swept later."""
 PATIENCE: Final = 10.0
 """Seconds after which a request that could not be written is told so."""
 
@@ -224,8 +222,9 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         finishing = asyncio.create_task(self._finish())
-        # Not by a timeout: what hangs in the database takes its time to be cancelled, too.
-        await asyncio.wait({finishing}, timeout=CLOSE_SECONDS)
+        # Not by a timeout: what hangs in the database takes its time to be cancelled, too. Who waited for it was told
+        # already, and its rows are swept later.
+        await asyncio.wait({finishing}, timeout=seconds_to_close(self.engine))
         if finishing.done():
             finishing.result()
         else:

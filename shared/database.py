@@ -136,7 +136,7 @@ erasure_key = Table(
 
 
 CLOSE_SECONDS: Final = 1.0
-"""A database that takes longer to say goodbye is left without."""
+"""A PostgreSQL that takes longer to say goodbye, or for what is under way when the service stops, is left without."""
 _PASSING_STATES: Final = ("08", "25006", "40", "53", "55P03", "57P01", "57P02", "57P03", "57P05")
 """PostgreSQL: a connection that broke, a standby, a deadlock, no room (for connections, on the disk), a lock, a server
 that stops or starts."""
@@ -214,10 +214,15 @@ def is_passing(error: DBAPIError) -> bool:
     return error.connection_invalidated or state.startswith(_PASSING_STATES) or name.startswith(_PASSING_NAMES)
 
 
+def seconds_to_close(engine: AsyncEngine) -> float | None:
+    """How long closing may take; SQLite, which has a file to tidy up and nobody to wait for, has all the time."""
+    return None if engine.dialect.name == "sqlite" else CLOSE_SECONDS
+
+
 async def close(engine: AsyncEngine) -> None:
     """Close the engine's connections. PostgreSQL is to agree to each; one that hangs is not waited for."""
     try:
-        async with asyncio.timeout(CLOSE_SECONDS):
+        async with asyncio.timeout(seconds_to_close(engine)):
             await engine.dispose()
     except TimeoutError:
         log.warning("the database does not answer, so its connections are dropped")
