@@ -38,6 +38,9 @@ LONGEST: Final = (
     "ddp",
     "train",
     "crash",
+    "fuzz",
+    "service_paths",
+    "machine",
 )
 
 

@@ -313,8 +313,9 @@ async def test_postgresql_is_slow(
 
 @fault("The connection to PostgreSQL breaks during a commit")
 async def test_the_connection_to_postgresql_breaks_during_a_commit(
-    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("service.ingest.FLUSH_SECONDS", 3_600.0)  # the commit shall be that of an event
     async with (
         Proxy(postgres_of_module.socket) as proxy,
         on_postgres(tmp_path, redis_server, postgres_of_module, proxy) as upnext,

@@ -90,6 +90,10 @@ def test_titles_may_hold_words_or_vectors(tmp_path: Path, values: list[str], wid
     assert (None if found is None else found.values.shape[1]) == width
 
 
+def test_a_line_without_a_title_holds_no_vector(tmp_path: Path) -> None:
+    assert vectors_in(written(tmp_path, "item\ttitle\n1\n", "titles.tsv")) is None
+
+
 # --- sources ------------------------------------------------------------------------------------------
 
 

@@ -215,7 +215,7 @@ class Driver:
         point_current(self.upnext.settings.bundles, self.version)
         while self.upnext.services.live.now_serving().bundle.version != self.version:
             await self.round(asked, {before, self.version})
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
         await self.round(asked, {self.version})
 
     async def round(self, asked: Sequence[tuple[str, Any, Mapping[str, Any]]], versions: set[str]) -> None:

@@ -56,8 +56,8 @@ def vectors_in(path: Path) -> ItemVectors | None:
     """
     table = _lines(path)
     numbers = _numbers(table["value"].str.split(" "))
-    widths = numbers.list.len().unique()
-    if len(numbers) and len(widths) == 1 and int(widths[0]) >= 2 and not _has_gap(numbers):
+    widths = numbers.list.len().unique()  # None where a line has no value
+    if len(numbers) and len(widths) == 1 and (widths[0] or 0) >= 2 and not _has_gap(numbers):
         return ItemVectors(tuple(table["item"]), _array(numbers))
     return None
 
