@@ -20,8 +20,13 @@ setup: $(VENV)/.run   ## install the service and the trainer into .venv
 train-full: $(VENV)/.run   ## train the full presets on MovieLens 100K and publish them
 	@$(BIN)/python -m trainer run sasrec-full bert4rec-full
 
-test: check   ## lint, types and all tests
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile
+# Types are looked at beside the tests, since mypy keeps one core busy for a minute; what it says comes last.
+test: $(VENV)/.dev   ## lint, types and all tests
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@said=$$(mktemp); $(BIN)/mypy > $$said 2>&1 & types=$$!; \
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile; tests=$$?; \
+	wait $$types || tests=1; cat $$said; rm -f $$said; exit $$tests
 
 check: $(VENV)/.dev   ## lint and types alone
 	@$(BIN)/ruff check .

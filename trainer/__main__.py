@@ -39,7 +39,7 @@ from trainer.splits import split_of
 from trainer.titles import TFIDF, text_vectors
 
 # Commands that train import pipeline, train, export and the like by themselves: torch and Lightning take seconds, for
-# which nobody should wait who looks at data or asks for help.
+# which nobody should wait who looks at data, asks for help or mistypes a preset.
 
 KNOWN_ERRORS = (TrainerError, BundleError, CatalogueError, SchemaError)
 
@@ -160,9 +160,9 @@ def run(
     resume: Resume = False,
 ) -> None:
     """Train, evaluate, refit on everything and publish: from data to a live bundle."""
+    configs = configs_of(presets)
     from trainer import pipeline
 
-    configs = configs_of(presets)
     target = pipeline.run(configs, dataset_of(configs[0]), runs, bundles, say, force=force, resume=resume)
     say(f"published {target} and made it current")
 
@@ -177,10 +177,10 @@ def train(
     resume: Resume = False,
 ) -> None:
     """Train only; checkpoints and TensorBoard files go to `runs/<name>/<fit>`."""
+    configs = configs_of(presets)
     from trainer import pipeline
     from trainer.train import Share
 
-    configs = configs_of(presets)
     dataset = dataset_of(configs[0])
     for config in configs:
         fitted = pipeline.train(config, dataset, fit, runs, epochs=epochs, resume=resume, say=say)
