@@ -348,6 +348,7 @@ def test_metadata_goes_from_an_items_file_to_the_bundle(tmp_path: Path) -> None:
         "model.metadata.fields=[parity,title,maker]",
         "model.metadata.fusion=gate",
         "training.epochs=3",
+        ONE_FIT,
     )
     trainer("run", place.preset, *settings, *place.runs, *place.bundles, "--force")
     report = json.loads((tmp_path / "runs" / "circle" / "split" / "report.json").read_text())
@@ -361,8 +362,8 @@ def test_metadata_goes_from_an_items_file_to_the_bundle(tmp_path: Path) -> None:
     assert tower is not None
     assert tower.vectors(bundle.catalogue.items).any()
     # The steps one by one keep the tower too.
-    trainer("export", "onnx", "circle", *place.runs)
-    trainer("publish", "circle", *place.runs, *place.bundles, "--force")
+    trainer("export", "onnx", "circle", *place.runs, "--fit", "split")
+    trainer("publish", "circle", *place.runs, *place.bundles, "--fit", "split", "--force")
     assert ItemTower.load(place.live().path / "models" / "circle") is not None
 
 

@@ -163,6 +163,7 @@ data:
     item_columns: {{id: item, title: title}}
 model: {{kind: {kind}, hidden_units: 16, blocks: 1, max_length: 16, dropout: 0.0}}
 training: {{epochs: {epochs}, patience: {epochs}, batch_size: 16, lr: 0.01, accelerator: cpu, seed: 1}}
+publish: {{refit: false}}
 """
 
 

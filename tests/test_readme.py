@@ -30,7 +30,7 @@ from trainer.config import preset_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TINY = ["training.epochs=6", "training.lr=0.01", "model.hidden_units=16"]
+TINY = ["training.epochs=6", "training.lr=0.01", "model.hidden_units=16", "publish.refit=false"]
 PATIENCE = 120  # seconds for anything to happen; a bound for a test that hangs, not a claim
 
 
@@ -67,8 +67,6 @@ class Shell:
             self.wait_ready()
         elif words[0] == "python":
             extra = TINY if words[2:4] == ["trainer", "run"] else []
-            if "data.source.kind=sql" in words:  # the second time, the first fit is enough
-                extra = [*extra, "publish.refit=false"]
             return self.python([*words[1:], *extra])
         else:
             assert line == ". .venv/bin/activate", f"the tutorial has a command that this test does not know: {line}"
