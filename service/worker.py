@@ -36,11 +36,10 @@ def create_app() -> FastAPI:
     """The application, for uvicorn to call in each worker."""
     settle_allocator()
     settings = Settings()
-    _stop_in_time(settings.drain_seconds + GRACE_SECONDS)
+    told = _stop_in_time(settings.drain_seconds + GRACE_SECONDS)
     launcher = multiprocessing.parent_process()
     if launcher is not None:  # a single worker has no process of its own: it is the launcher
-        wait = threading.Thread(target=_outlive, args=(launcher, settings.drain_seconds), daemon=True)
-        wait.start()
+        threading.Thread(target=_outlive, args=(launcher, told), daemon=True).start()
     try:
         from service import main  # noqa: PLC0415 - an import that fails is such an error, too
 
@@ -50,16 +49,19 @@ def create_app() -> FastAPI:
         sys.exit(STARTUP_FAILURE)
 
 
-def _stop_in_time(seconds: int) -> None:
-    """Have SIGTERM and SIGINT also start the time after which the process ends, whatever it waits for then."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # nobody else may handle signals
+def _stop_in_time(seconds: int) -> SimpleQueue[int]:
+    """Have SIGTERM and SIGINT also start the time after which the process ends, whatever it waits for then.
+
+    The queue that is returned takes the number of such a signal from whoever sends it.
+    """
     told: SimpleQueue[int] = SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        former = signal.getsignal(number)
-        if callable(former):  # uvicorn's: the application is made after it has put in its own
-            signal.signal(number, partial(_tell, told, former))
     threading.Thread(target=_end, args=(seconds, told), daemon=True).start()
+    if threading.current_thread() is threading.main_thread():  # nobody else may handle signals
+        for number in (signal.SIGTERM, signal.SIGINT):
+            former = signal.getsignal(number)
+            if callable(former):  # uvicorn's: the application is made after it has put in its own
+                signal.signal(number, partial(_tell, told, former))
+    return told
 
 
 def _tell(told: SimpleQueue[int], former: Callable[[int, FrameType | None], object], number: int, frame: Any) -> None:
@@ -75,13 +77,12 @@ def _end(seconds: int, told: SimpleQueue[int]) -> None:
     os._exit(1)
 
 
-def _outlive(launcher: BaseProcess, drain_seconds: int) -> None:
-    """Wait for the launcher's end, then end in order, as after SIGTERM; at once when that does not work.
+def _outlive(launcher: BaseProcess, told: SimpleQueue[int]) -> None:
+    """Wait for the launcher's end, then end in order, as after SIGTERM; in time also where no signal is heard.
 
     Unlike PR_SET_PDEATHSIG, the pipe that `join` waits for cannot miss a launcher that died before anybody asked.
     """
     launcher.join()
     log.error("the launcher is gone, so this worker stops")
+    told.put(signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(drain_seconds + GRACE_SECONDS)
-    os._exit(1)
