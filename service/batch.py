@@ -50,6 +50,8 @@ async def recommend_all(
         found = iter(await asyncio.get_running_loop().run_in_executor(recommender.bulk, work) if known else ())
         for case in cases:
             case.told(trace)
+            if not len(case.sequence):
+                await recommender.order_by_popularity(serving, case.reading.as_of)
             yield settle(case, next(found) if len(case.sequence) else None, serving, model, trace)
             await asyncio.sleep(0)  # single requests go first
 

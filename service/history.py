@@ -400,7 +400,9 @@ class HistoryStore:
     async def _rebuild(self, user_id: str, policy: HistoryPolicy, mine: bytes) -> _Entry:
         fingerprint, holder = _fingerprint(policy), b""
         with suppress(RedisDown):
-            [holder] = await self._line.ask([script(CLAIM, user_id, fingerprint, mine, MARKER_MILLISECONDS)])
+            claim = script(CLAIM, user_id, fingerprint, mine, MARKER_MILLISECONDS)
+            # Arriving late a second time, it would put back the marker that an event has taken away in between.
+            [holder] = await self._line.ask([claim._replace(once=True)])
         if holder not in (mine, b""):
             return await self._rebuilt(user_id, policy, holder)
         entry = await self._logged(user_id, policy)

@@ -128,7 +128,7 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         catalogue = LiveCatalogue(engine)
         live = await stack.enter_async_context(Live(settings, catalogue, metrics))
         recommender = Recommender(live, histories, candidates=settings.candidates, default_model=settings.default_model)
-        stack.callback(recommender.bulk.shutdown)
+        stack.callback(recommender.shutdown)
         yield Services(live, recommender, histories, log, Eraser(engine, histories), catalogue, metrics)
 
 

@@ -14,11 +14,13 @@ caller names, and is not retrieved. Nothing here knows HTTP. `batch.py` and `sim
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, TypeAlias
+from functools import partial
+from typing import Final, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -38,11 +40,14 @@ AsOf: TypeAlias = int | Literal["last_event"] | None
 Strategy = Literal["sequence", "popular", "degraded"]
 Source = Literal["cache", "log", "request", "none"]
 Reason = Literal["sequence", "similar", "popular", "new"]
+T = TypeVar("T")
 
 _NOBODY = UserHistory(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.uint64), None, "log")
 _BLOCK: Final = 1024  # items
 LONG: Final = 96
 """Items. Longer sequences do not wait for company: their time is arithmetic, which nobody can share."""
+LARGE: Final = 100_000
+"""Items of a catalogue in which looking at each of them takes so many milliseconds that others should not wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +158,14 @@ class Recommender:
         self.live, self.histories = live, histories
         self.candidates, self.default_model = candidates, default_model
         self.together = Coalescer(self.answer, CHUNK)
-        # One thread: bulk work may take a second core, never all of them. It starts with the first batch.
+        # One thread each: they may take a second core, never all of them. They start with their first work.
         self.bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")
+        self.aside = ThreadPoolExecutor(1, thread_name_prefix="aside")
+
+    def shutdown(self) -> None:
+        """Wait for the threads' last work."""
+        self.bulk.shutdown()
+        self.aside.shutdown()
 
     async def recommend(self, question: Question, trace: Trace) -> Recommendation:
         """The answer. Raises ServiceError: no bundle, unknown model or filter, and what `read` says."""
@@ -168,10 +179,23 @@ class Recommender:
         case = place(question, reading, serving)
         case.told(trace)
         if not len(case.sequence):
+            await self.order_by_popularity(serving, reading.as_of)
             return settle(case, None, serving, model, trace)
         if len(case.sequence) > LONG:
             return self.answer((serving, model), [Asked(case, trace)])[0]
         return await self.together.join((serving, model), Asked(case, trace))
+
+    async def beside(self, serving: Serving, work: Callable[[], T]) -> T:
+        """What `work` returns, which looks at each item. In a LARGE catalogue other requests go on meanwhile."""
+        if serving.known < LARGE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.aside, work)
+
+    async def order_by_popularity(self, serving: Serving, as_of: int) -> None:
+        """Have the order at hand in which `popular` looks at the items; that of an older day may be yet to make."""
+        popularity = serving.bundle.popularity
+        if not popularity.is_latest(as_of):
+            await self.beside(serving, partial(popularity.fallback, as_of))
 
     def answer(self, by: tuple[Serving, Model], asked: Sequence[Asked]) -> list[Recommendation]:
         """The answers to several requests of one bundle, none of them with an empty sequence."""

@@ -54,6 +54,7 @@ class Command(NamedTuple):
     before: tuple[str | int, ...]
     after: tuple[str | int | bytes, ...] = ()
     until: float | None = None  # on the event loop's clock: sent later than that, it is a DEL
+    once: bool = False  # not to be sent again after a connection was lost, on which it may still be on its way
 
     def words(self, epoch: str, now: float) -> tuple[str | int | bytes, ...]:
         """What is sent."""
@@ -232,10 +233,13 @@ class RedisLine:
             commands = [command for command, _ in batch]
             try:
                 replies: Sequence[Any] = await self._exchange(commands)
-            except (RedisConnectionError, NoScriptError, ReadOnlyError):
-                # The pool's socket led to a server that is gone or changed. All commands may run twice, and
-                # are named anew for the server that the next connection finds.
+            except (NoScriptError, ReadOnlyError):
                 replies = await self._exchange(commands)
+            except RedisConnectionError as error:
+                # The pool's socket led to a server that is gone or changed. Most commands may run twice, and
+                # are named anew for the server that the next connection finds.
+                again = iter(await self._exchange([command for command in commands if not command.once]))
+                replies = [error if command.once else next(again) for command in commands]
             self.failed = False
         except Exception as error:  # whatever it was: the log can answer instead
             self.tell("redis")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final, Literal
 
 import numpy as np
 
 from service.bundles import Serving
 from service.errors import UnknownItem
-from service.recommend import Recommended, by_popularity, described, first
+from service.recommend import Recommended, Recommender, by_popularity, described, first
 from service.telemetry import Trace
 from shared.bundle import Model
 from shared.events import ItemId, ItemIndex
 from shared.retrieval import Retrieval, Scope
 from shared.times import now
+
+SPARE: Final = 32
+"""More items than are wanted, in place of those that are withdrawn while the others are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,9 @@ class Similar:
     items: list[Recommended]
 
 
-def similar(serving: Serving, model: Model, item_id: ItemId, n: int, as_of: int | None, trace: Trace) -> Similar:
+async def similar(
+    recommender: Recommender, serving: Serving, model: Model, item_id: ItemId, n: int, as_of: int | None, trace: Trace
+) -> Similar:
     """The n items most like `item_id` that exist at `as_of` (now without it). Raises UnknownItem.
 
     The item itself need not exist then: who looks at an item that is gone wants others all the more.
@@ -41,14 +47,18 @@ def similar(serving: Serving, model: Model, item_id: ItemId, n: int, as_of: int 
     scope = Scope(serving.availability, now() if as_of is None else as_of, np.array([index], np.int64))
     with trace.stage("retrieve"):
         has_vector = index <= serving.known
-        best = model.retriever.similar(index, n, scope) if has_vector else akin(index, n, scope, serving)
+        search = model.retriever.similar if has_vector else partial(akin, serving)
+        best = await recommender.beside(serving, partial(search, index, n + SPARE, scope))
+        # The final gate: the catalogue may have changed meanwhile.
+        permitted = np.flatnonzero(replace(scope, availability=serving.availability).permits(best.items))[:n]
+        best = Retrieval(best.items[permitted], best.scores[permitted], best.path)
     trace.paths[best.path] += 1
     strategy: Literal["similar", "popular"] = "similar" if has_vector else "popular"
     items = list(described(best, strategy, serving))
     return Similar(item_id, model.name, serving.bundle.version, scope.as_of, strategy, n, items)
 
 
-def akin(index: ItemIndex, n: int, scope: Scope, serving: Serving) -> Retrieval:
+def akin(serving: Serving, index: ItemIndex, n: int, scope: Scope) -> Retrieval:
     """Items that share categories with one that has no vector: the more the better, then by popularity."""
     order = by_popularity(serving, scope.as_of)
     shared = serving.categories.sharing(index, len(scope.availability.withdrawn))[order]

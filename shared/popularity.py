@@ -55,8 +55,16 @@ class Popularity:
         Counts of the last 30 days decide, then all-time counts, then the index. After the end of the
         data the last 30 days of data count: a bundle does not forget what is popular by getting older.
         """
-        last = int(self.day[-1]) + 1 if len(self.day) else 0
-        return self.ranked(min(as_of // DAY, last))
+        return self.ranked(min(as_of // DAY, self._end))
+
+    def is_latest(self, as_of: int) -> bool:
+        """Whether all data count at `as_of`, as they do for all who ask about now."""
+        return as_of // DAY >= self._end
+
+    @property
+    def _end(self) -> int:
+        """The day after the last one with data."""
+        return int(self.day[-1]) + 1 if len(self.day) else 0
 
     def _ranked(self, day: int) -> IntArray:
         recent, ever = self.popular(day * DAY, RECENT_DAYS)[1:], self.popular(day * DAY)[1:]

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.history import READERS, WINDOW, HistoryStore, HistoryUnavailable, StoredEvent, UserHistory, create_redis
 from service.ingest import EventLog, NewEvent
-from service.redis_line import RedisDown, RedisLine
+from service.redis_line import Command, RedisDown, RedisLine
 from shared.database import create_engine
 from shared.database import events as events_table
 from shared.events import Events, HistoryPolicy, history_of, item_key, item_keys
@@ -479,6 +480,34 @@ async def test_an_event_beside_a_rebuild_is_in_the_next_read(
     second = await paused.read("u", POLICY)
     assert (list(second.items), second.source) == (keys("a", "b"), "log")
     assert (await paused.read("u", POLICY)).source == "cache"
+
+
+async def test_a_claim_that_arrives_late_does_not_bring_an_old_rebuild_back(
+    paused: PausedStore, sqlite_engine: AsyncEngine
+) -> None:
+    """A proxy breaks off, and delivers what it had of the broken connection after an event came between."""
+    log = EventLog(sqlite_engine, HistoryStore(paused._line.redis, sqlite_engine))  # type: ignore[union-attr]
+    await log.append([event("a")], POLICY, NOW)
+    line, late = paused._line, list[Command]()
+    assert isinstance(line, RedisLine)
+    exchange = line._exchange
+
+    async def broken(commands: Sequence[Command]) -> list[Any]:
+        if not late and (claims := [command for command in commands if command.once]):
+            late.extend(claims)
+            raise RedisConnectionError("gone")
+        return await exchange(commands)
+
+    async def meanwhile() -> None:
+        await log.append([event("b")], POLICY, NOW)
+        await exchange(late)
+
+    line._exchange = broken  # type: ignore[method-assign]
+    paused.after = meanwhile
+    assert list((await paused.read("u", POLICY)).items) == keys("a")
+    assert len(late) == 1
+    for _ in range(2):
+        assert list((await paused.read("u", POLICY)).items) == keys("a", "b")
 
 
 async def test_a_commit_whose_cache_step_comes_after_the_rebuild_counts_once(

@@ -272,7 +272,7 @@ def test_a_batch_gives_what_single_requests_give(mode: Mode) -> None:
                 asyncio.run(ask())
             return
         together, singly = asyncio.run(ask())
-        recommender.bulk.shutdown()
+        recommender.shutdown()
         assert [found.user_id for found in together] == users
         for user, found in zip(users, together, strict=True):
             single = singly[user]
@@ -286,12 +286,12 @@ def test_similar_items(mode: Mode) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(cases(known_history=False, brought=False, named=False, changed=True), st.data())
     def check(case: Case, data: st.DataObject) -> None:
-        serving = recommender_of(case, mode)[1]
+        recommender, serving = recommender_of(case, mode)
         known, index = known_items(case), case.world.catalogue.index_by_id
         asked = data.draw(st.sampled_from(sorted(known)))
         as_of = case.question.as_of if isinstance(case.question.as_of, int) else None
         model = serving.model(None, None)
-        found = similar(serving, model, asked, case.question.n, as_of, Trace("test"))
+        found = asyncio.run(similar(recommender, serving, model, asked, case.question.n, as_of, Trace("test")))
         returned = [item.item_id for item in found.items]
         others = [i for i in known if i != asked and exists(known[i], found.as_of)]
         if asked not in index:

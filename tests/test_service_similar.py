@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from shared.catalogue import Item
-from shared.retrieval import Mode
+from service import recommend
+from shared.catalogue import Item, ItemChange
+from shared.popularity import Popularity
+from shared.retrieval import Mode, Retrieval, Retriever
 from shared.times import DAY, render
 from tests.servers import RedisServer
 from tests.serving import Running, assert_problem, ids_of, json_of, serving
-from tests.worlds import BORN, cyclic
+from tests.worlds import BORN, World, cyclic
 
 N = 12
 
@@ -25,11 +30,21 @@ def fan() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     return (np.stack([np.cos(angles), np.sin(angles)], axis=1) * lengths[:, None]).astype(np.float32)  # (N, 2)
 
 
-@pytest.fixture(params=list(Mode))
-async def upnext(request: pytest.FixtureRequest, tmp_path: Path, redis_server: RedisServer) -> AsyncIterator[Running]:
+def fan_world() -> World:
     table = np.ones((N + 2, 2), np.float32)
-    world = cyclic(N, vectors=fan(), tables={"sasrec": table, "bert4rec": table})
-    async with serving(tmp_path, redis_server, world, retrieval=request.param) as running:
+    return cyclic(N, vectors=fan(), tables={"sasrec": table, "bert4rec": table})
+
+
+@pytest.fixture(params=[*Mode, "large"])
+async def upnext(
+    request: pytest.FixtureRequest, tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Running]:
+    """In each setting of retrieval, and as if the catalogue were a large one."""
+    mode = request.param
+    if mode == "large":
+        mode = Mode.AUTO
+        monkeypatch.setattr(recommend, "LARGE", 0)
+    async with serving(tmp_path, redis_server, fan_world(), retrieval=mode) as running:
         yield running
 
 
@@ -97,3 +112,50 @@ async def test_a_vector_of_zeros_is_like_nothing_in_particular(tmp_path: Path, r
     async with serving(tmp_path, redis_server, world) as upnext:
         assert await like(upnext, "1") == ["2", "3"]
         assert await like(upnext, "2") == ["1", "3"]
+
+
+async def test_in_a_large_catalogue_others_go_on_and_the_last_gate_sees_what_changed_meanwhile(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recommend, "LARGE", N)
+    begun, go_on = asyncio.Event(), threading.Event()
+    search, loop = Retriever.similar, asyncio.get_running_loop()
+
+    def slowly(*arguments: Any) -> Retrieval:
+        found = search(*arguments)
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(60)
+        return found
+
+    async with serving(tmp_path, redis_server, fan_world()) as upnext:
+        monkeypatch.setattr(Retriever, "similar", slowly)
+        asked = asyncio.create_task(like(upnext, "1", n=2))
+        await asyncio.wait_for(begun.wait(), 60)
+        assert await upnext.ids("u", n=1) == ["1"]
+        upnext.services.live.apply([ItemChange("2", None, None, None, None, True, 1)])
+        go_on.set()
+        assert await asked == ["3", "4"]
+
+
+async def test_in_a_large_catalogue_the_order_of_an_older_day_is_made_aside(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recommend, "LARGE", N)
+    makers: list[str] = []
+    ranked = Popularity._ranked
+
+    def told(self: Popularity, day: int) -> Any:
+        makers.append(threading.current_thread().name)
+        return ranked(self, day)
+
+    monkeypatch.setattr(Popularity, "_ranked", told)
+    async with serving(tmp_path, redis_server, cyclic(N)) as upnext:
+        makers.clear()  # the order of now is made when the bundle is loaded
+        today = await upnext.ids("u")
+        assert makers == []
+        older = render(BORN + 3 * DAY)
+        assert set(await upnext.ids("u", as_of=older)) < set(today)
+        assert [name.split("_")[0] for name in makers] == ["aside"]
+        body = {"users": ["u", "v"], "as_of": render(BORN + 4 * DAY)}
+        json_of(await upnext.http.post("/recommend/batch", json=body))
+        assert [name.split("_")[0] for name in makers] == ["aside"] * 2

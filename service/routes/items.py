@@ -79,9 +79,10 @@ async def similar_items(item_id: ItemPath, parameters: SimilarQuery, services: S
     with it, the more the better, then by popularity; none when it shares none.
     """
     serving = services.live.now_serving()
-    model = serving.model(parameters.model, services.recommender.default_model)
+    recommender = services.recommender
+    model = serving.model(parameters.model, recommender.default_model)
     trace.model_version = serving.bundle.version
-    found = similar(serving, model, item_id, parameters.n, parameters.as_of, trace)
+    found = await similar(recommender, serving, model, item_id, parameters.n, parameters.as_of, trace)
     return answer(
         {
             "item_id": found.item_id,
