@@ -117,6 +117,7 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         )
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(metrics.flushing())
+        metrics.starts.inc()
         pool = {"pool_size": CONNECTIONS, "max_overflow": 0, "pool_timeout": POOL_SECONDS}
         engine = create_engine(settings.database_url, sqlite_kib=READER_KIB, **pool)
         stack.push_async_callback(close, engine)

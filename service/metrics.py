@@ -62,6 +62,7 @@ class Metrics:
             "upnext_dependency_failures_total", "Calls to Redis or the database that failed.", ["dependency"],
             registry=registry,
         )  # fmt: skip
+        self.starts = Counter("upnext_worker_starts_total", "Workers that started.", registry=registry)
         self.load_failures = Counter(
             "upnext_bundle_load_failures_total", "Published bundles that could not be served.", registry=registry
         )

@@ -127,12 +127,15 @@ class ClusterLines:
         try:
             return await self._ask(commands)
         except RedisDown as error:
+            moved = isinstance(error.__cause__, MovedError)
             if self.slots is slots:
                 learning = self._learn()
                 # A master that does not answer shall not cost its users the time that others take to say who does.
-                if not isinstance(error.__cause__, MovedError) or not await learning:
+                if not moved or not await learning:
                     raise
-        return await self._ask(commands)  # all of them: each may run twice
+            elif not moved and any(command.once for command in commands):
+                raise
+        return await self._ask(commands)  # all of them: each of these may run twice
 
     async def ping(self) -> None:
         """Raises RedisDown unless every master is usable right now."""

@@ -22,7 +22,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import MovedError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +241,8 @@ class RedisLine:
                 again = iter(await self._exchange([command for command in commands if not command.once]))
                 replies = [error if command.once else next(again) for command in commands]
             self.failed = False
+            if any(isinstance(reply, Exception) and not isinstance(reply, MovedError) for reply in replies):
+                self.tell("redis")  # it is full, say; a slot that has moved is asked for where it is now
         except Exception as error:  # whatever it was: the log can answer instead
             self.tell("redis")
             if not self.failed:

@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,7 @@ import pytest
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.history import HistoryStore, create_redis
+from service.history import HistoryStore, create_cluster, create_redis
 from service.ingest import EventLog
 from shared.database import create_engine, migrate
 from tests.servers import PostgresServer, RedisServer
@@ -66,6 +66,25 @@ def _without_collections() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.bundles.uncollected", nullcontext)
         yield
+
+
+CLIENTS: Final = {"service.main.create_redis": create_redis, "service.main.create_cluster": create_cluster}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patient_with_redis() -> Iterator[None]:
+    """A service in the process of tests waits 5 s for Redis instead of 50 ms, which is soon over beside other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place, create in CLIENTS.items():
+            patch.setattr(place, partial(create, timeout=5))
+        yield
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With this, it waits for Redis as long as it does outside of tests."""
+    for place, create in CLIENTS.items():
+        monkeypatch.setattr(place, create)
 
 
 @pytest.fixture(scope="session", autouse=True)

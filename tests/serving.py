@@ -167,3 +167,14 @@ def assert_problem(response: httpx.Response, status: int, code: str, *places: st
     assert ("retry-after" in response.headers) == (status in (429, 503))
     assert response.headers["x-request-id"]
     return body
+
+
+def value_of(metrics: str, series: str) -> float:
+    """What the text of /metrics says of a series, named as it stands there; 0 before anything was counted."""
+    lines = metrics.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{series} ")), 0.0)
+
+
+async def counted(upnext: Running, series: str) -> float:
+    """What the service says of a series now."""
+    return value_of((await upnext.http.get("/metrics")).text, series)

@@ -7,22 +7,24 @@ meanwhile, what is counted, and that all is well again as soon as the cause is g
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 
+from service.commit import SqliteWriter
 from service.ingest import OVERDUE
 from shared import times
 from shared.database import cache_outbox, create_engine, events, migrate, prepare_sqlite
 from tests.faults import fault
-from tests.servers import PostgresServer, Proxy, RedisServer
-from tests.serving import Running, assert_problem, json_of, serving
+from tests.servers import PostgresServer, Proxy, RedisNodes, RedisServer
+from tests.serving import Running, assert_problem, counted, json_of, serving
 from tests.worlds import cyclic
 
 QUICK = {"bundle_poll_seconds": 0.05, "catalogue_poll_seconds": 0.05}
@@ -31,16 +33,14 @@ N = 12
 
 async def again(holds: Callable[..., Awaitable[bool]], *arguments: Any) -> None:
     """Wait until a question is answered with yes."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not await holds(*arguments):  # noqa: ASYNC110 - nobody would set an event
             await asyncio.sleep(0.02)
 
 
 async def failures(upnext: Running, dependency: str) -> float:
-    """How often calls to Redis or the database failed, as /metrics has it."""
-    lines = (await upnext.http.get("/metrics")).text.splitlines()
-    name = f'upnext_dependency_failures_total{{dependency="{dependency}"}} '
-    return next((float(line.split()[-1]) for line in lines if line.startswith(name)), 0.0)
+    """How often calls to Redis or the database failed."""
+    return await counted(upnext, f'upnext_dependency_failures_total{{dependency="{dependency}"}}')
 
 
 async def next_of(upnext: Running, user: str, **wishes: Any) -> tuple[str, str]:
@@ -87,6 +87,7 @@ async def test_redis_is_killed(tmp_path: Path, redis_of_test: RedisServer) -> No
 
 
 @fault("Redis hangs")
+@pytest.mark.usefixtures("impatient")
 async def test_redis_hangs(tmp_path: Path, redis_of_test: RedisServer) -> None:
     async with serving(tmp_path, redis_of_test, cyclic(N)) as upnext:
         await upnext.view("u", "3")
@@ -126,8 +127,36 @@ async def test_redis_is_full(tmp_path: Path, redis_of_test: RedisServer) -> None
         assert await next_of(upnext, "u") == ("4", "cache")
         json_of(await upnext.http.post("/events", json=view("u", "7")))
         assert await next_of(upnext, "u") == ("8", "log")
+        assert await failures(upnext, "redis") > 0
         redis_of_test.cli("CONFIG", "SET", "maxmemory", "0")
         await assert_well_again(upnext)
+
+
+@fault("A master of a Redis Cluster is killed")
+@pytest.mark.slow
+async def test_a_master_of_a_cluster_is_killed(tmp_path: Path, redis_server: RedisServer) -> None:
+    with RedisNodes(replicas=1) as nodes:
+        async with serving(tmp_path, redis_server, cyclic(N), redis_url=nodes.url) as upnext:
+            users = [f"u{n}" for n in range(12)]
+            for user in users:
+                await upnext.view(user, "3")
+                await again(cached, upnext, user)
+            gone = nodes.master_of("{u0}")
+            theirs = [user for user in users if nodes.master_of(f"{{{user}}}") is gone]
+            others = [user for user in users if user not in theirs]
+            assert len(theirs) > 1
+            assert len(others) > 1
+            gone.kill()
+            assert await next_of(upnext, theirs[0]) == ("4", "log")
+            assert await next_of(upnext, others[0]) == ("4", "cache")
+            for user in users:
+                json_of(await upnext.http.post("/events", json=view(user, "7")))
+                assert (await next_of(upnext, user))[0] == "8"
+            assert await failures(upnext, "redis") > 0
+            for user in users:  # nobody starts the master again
+                await again(cached, upnext, user)
+                assert await next_of(upnext, user) == ("8", "cache")
+            assert nodes.master_of("{u0}") is not gone
 
 
 @asynccontextmanager
@@ -139,6 +168,7 @@ async def behind_a_proxy(folder: Path, redis: RedisServer) -> AsyncIterator[tupl
 
 
 @fault("Redis is slow")
+@pytest.mark.usefixtures("impatient")
 async def test_redis_is_slow_under_load_and_nobody_gets_another_user_s_answer(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
@@ -158,7 +188,10 @@ async def test_redis_is_slow_under_load_and_nobody_gets_another_user_s_answer(
             return source
 
         sources: set[str | None] = set()
-        for turn in range(24):
+        ended = time.monotonic() + 60
+        for turn in itertools.count():
+            if turn >= 24 and (sources == {None, "cache", "log"} or time.monotonic() > ended):
+                break
             proxy.delay = (turn % 8) / 100  # up to 70 ms, beyond the 50 ms that Redis is waited for
             asked = (ask(user, (n + turn) % 8 / 100 + 0.005) for n, user in enumerate(users * 3))
             sources |= set(await asyncio.gather(*asked))
@@ -170,6 +203,7 @@ async def test_redis_is_slow_under_load_and_nobody_gets_another_user_s_answer(
             assert (await next_of(upnext, user))[0] == str(int(user) + 1)
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_busy_event_loop_does_not_take_redis_for_slow(tmp_path: Path, redis_of_test: RedisServer) -> None:
     async with serving(tmp_path, redis_of_test, cyclic(N)) as upnext:
         await upnext.view("u", "3")
@@ -199,6 +233,7 @@ async def test_redis_breaks_off_in_the_middle_of_a_reply(tmp_path: Path, redis_s
         proxy.left = None
         await again(cached, upnext)
         assert await next_of(upnext, "u") == ("7", "cache")
+        assert await failures(upnext, "database") == 0
 
 
 # --- the database -------------------------------------------------------------------------------------
@@ -308,7 +343,7 @@ async def test_postgresql_is_slow(
         answers = await asyncio.gather(*(upnext.http.post("/events", json=body) for body in bodies))
         assert {answer.status_code for answer in answers} == {200}
         assert await next_of(upnext, "s7") == ("4", "log")
-        assert await next_of(upnext, "s7") == ("4", "cache")
+        await again(cached, upnext, "s7")
 
 
 @fault("The connection to PostgreSQL breaks during a commit")
@@ -330,6 +365,29 @@ async def test_the_connection_to_postgresql_breaks_during_a_commit(
             assert (await next_of(upnext, "u"))[0] == str(int(item) + 1)
         history = json_of(await upnext.http.get("/users/u/history"))["events"]
         assert [event["item_id"] for event in history] == ["3", "5", "7", "9"]
+
+
+@fault("A table of PostgreSQL is locked")
+async def test_a_table_of_postgresql_is_locked(
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with on_postgres(tmp_path, redis_server, postgres_of_module) as upnext:
+        await upnext.view("u", "3")
+        await upnext.view("v", "5")
+        await upnext.view("w", "9")
+        await again(cached, upnext)
+        engine = create_engine(upnext.settings.database_url)
+        monkeypatch.setattr("service.commit.SECONDS", 0.5)
+        async with engine.begin() as other:
+            await other.execute(text("LOCK TABLE events IN EXCLUSIVE MODE"))
+            response = await upnext.http.post("/events", json=view("u", "7", event_id="again"))
+            assert_problem(response, 503, "log_unavailable", detail="stored or not")
+            assert response.headers["retry-after"] == "2"
+            assert (await next_of(upnext, "u"))[0] == "4"  # readers do not wait for writers
+            assert await next_of(upnext, "w") == ("10", "log")
+            assert await failures(upnext, "database") > 0
+        await engine.dispose()
+        await assert_the_database_is_back(upnext)
 
 
 @fault("SQLite is locked by another program")
@@ -354,6 +412,34 @@ async def test_sqlite_is_locked_by_another_program(
         assert (await next_of(upnext, "u"))[0] == "8"
 
 
+@fault("SQLite's disk is slow")
+async def test_the_disk_of_sqlite_is_slow(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transactions, transaction = 0, SqliteWriter._transaction
+
+    @contextmanager
+    def slow(writer: SqliteWriter) -> Iterator[sqlite3.Connection]:
+        nonlocal transactions
+        transactions += 1
+        with transaction(writer) as connection:
+            yield connection
+            time.sleep(0.2)  # a commit ends when the disk says so
+
+    monkeypatch.setattr("service.ingest.FLUSH_SECONDS", 3_600.0)  # the commits shall be those of events
+    monkeypatch.setattr(SqliteWriter, "_transaction", slow)
+    async with serving(tmp_path, redis_server, cyclic(N)) as upnext:
+        posted = [asyncio.create_task(upnext.http.post("/events", json=view(f"s{n}", "3"))) for n in range(40)]
+        await asyncio.sleep(0.1)
+        assert await next_of(upnext, "nobody") == ("1", "log")  # nobody waits who only reads
+        assert not any(task.done() for task in posted)
+        for n, task in enumerate(posted):
+            assert json_of(await task)["accepted"] == 1
+            assert (await next_of(upnext, f"s{n}"))[0] == "4"
+        assert transactions <= 4
+        assert await failures(upnext, "database") == 0
+
+
 @fault("The disk is full")
 async def test_the_disk_is_full(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path, redis_server, cyclic(N)) as upnext:
@@ -369,6 +455,37 @@ async def test_the_disk_is_full(tmp_path: Path, redis_server: RedisServer, monke
         assert json_of(await upnext.http.get("/users/w/history"))["events"] == []
         await upnext.services.log.engine.dispose()
         assert json_of(await upnext.http.post("/events", json=batch))["accepted"] == 500
+
+
+@fault("The disk is full")
+async def test_the_disk_of_postgresql_is_full(
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer
+) -> None:
+    """PostgreSQL's own answer, from a trigger: a disk of its own that is full takes a privilege."""
+    async with on_postgres(tmp_path, redis_server, postgres_of_module) as upnext:
+        await upnext.view("u", "3")
+        await upnext.view("v", "5")
+        await upnext.view("w", "9")
+        await again(cached, upnext)
+        engine = create_engine(upnext.settings.database_url)
+        async with engine.begin() as other:
+            await other.execute(text(FULL))
+            await other.execute(text("CREATE TRIGGER no_space BEFORE INSERT ON events EXECUTE FUNCTION no_space()"))
+        response = await upnext.http.post("/events", json=view("u", "7", event_id="again"))
+        assert_problem(response, 503, "log_unavailable", detail="nothing was stored")
+        assert await next_of(upnext, "u") == ("4", "cache")
+        assert await next_of(upnext, "w") == ("10", "log")
+        assert await failures(upnext, "database") > 0
+        async with engine.begin() as other:
+            await other.execute(text("DROP TRIGGER no_space ON events"))
+        await engine.dispose()
+        await assert_the_database_is_back(upnext)
+
+
+FULL = """
+CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = 'disk_full'; END $$
+"""
 
 
 def small(connection: sqlite3.Connection) -> None:

@@ -14,7 +14,6 @@ from service.ingest import EventLog
 from service.rates import RateLimit, parse_rate
 from service.redis_cluster import nodes_of, slots_of, url_of
 from service.redis_line import PAUSE, key_of
-from tests.faults import fault
 from tests.servers import RedisNodes
 from tests.test_history import NOW, POLICY, event, keys
 
@@ -83,7 +82,6 @@ async def test_a_slot_that_moves_and_comes_back_finds_nothing_old(
             assert found.source == "cache"
 
 
-@fault("A master of a Redis Cluster is killed")
 async def test_a_master_that_is_gone_costs_its_users_the_cache_and_nobody_else(sqlite_engine: AsyncEngine) -> None:
     with RedisNodes() as nodes:
         async with store_on(nodes, sqlite_engine, patience=0.5) as histories:

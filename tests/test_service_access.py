@@ -365,6 +365,7 @@ def asked(server: RedisServer) -> dict[str, int]:
     }
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_nobody_is_refused_while_redis_is_down(tmp_path: Path, redis_of_test: RedisServer, keys: Keys) -> None:
     async with serving(tmp_path, redis_of_test, cyclic(), api_keys_file=keys.file, rate_limit="1/hour") as upnext:
         reader = upnext.peer(key=keys.of["reader"])

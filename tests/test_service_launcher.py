@@ -29,7 +29,7 @@ from service.settings import Settings
 from shared.database import create_engine, events
 from tests.faults import fault
 from tests.servers import PostgresServer, RedisServer, free_port
-from tests.serving import running
+from tests.serving import running, value_of
 from tests.worlds import cyclic, write_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -335,6 +335,15 @@ def test_a_worker_that_hangs_keeps_nobody_waiting_and_is_replaced(folder: Path) 
         assert connections_of(new, port) >= 2 + shares[1]
         assert all(map(answers, clients))
         assert sum(map(answers_or_ends, idle)) == shares[1]
+        assert counted(client, "upnext_worker_starts_total") == 3
+
+
+DATABASE_FAILURES = 'upnext_dependency_failures_total{dependency="database"}'
+
+
+def counted(client: httpx.Client, series: str) -> float:
+    """What all workers together say of a series now."""
+    return value_of(client.get("/metrics").text, series)
 
 
 BROKEN = """
@@ -380,6 +389,7 @@ def test_starts_without_its_database_and_serves_when_it_comes(folder: Path, post
         event = {"user_id": "u", "item_id": "3", "event_type": "view"}
         refused = client.post("/events", json=event)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        assert counted(client, DATABASE_FAILURES) > 0
         done = subprocess.run(
             command("migrate"), cwd=folder, env=environment(folder, database_url=url), capture_output=True, check=False
         )
@@ -413,6 +423,10 @@ def test_starts_though_its_database_says_nothing(folder: Path, silent: str, work
         ready = client.get("/readyz")
         assert (ready.status_code, ready.json()["checks"]["catalogue"]) == (503, "the database cannot be read")
         assert client.get("/recommend/u").status_code == 503
+        event = {"user_id": "u", "item_id": "3", "event_type": "view"}
+        refused = client.post("/events", json=event)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        assert counted(client, DATABASE_FAILURES) > 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
         assert process.stderr is not None
@@ -606,6 +620,7 @@ def test_redis_of_the_launcher_comes_back(folder: Path) -> None:
                 sources.append(answer["history_source"])
                 time.sleep(0.05)  # nobody reads the log here, and a pipe does not take much of it
             assert "log" in sources
+        assert counted(client, 'upnext_dependency_failures_total{dependency="redis"}') > 0
         below = descendants(process.pid)
         process.kill()
         process.wait()

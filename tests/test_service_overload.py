@@ -15,15 +15,10 @@ import uvicorn
 from service.overload import RefusingProtocol, plain_path
 from tests.faults import fault
 from tests.servers import RedisServer, free_port
-from tests.serving import Running, assert_problem, json_of, serving, until
+from tests.serving import Running, assert_problem, counted, json_of, serving, until
 from tests.worlds import cyclic
 
 LIMIT = 3
-
-
-async def refused(upnext: Running) -> float:
-    lines = (await upnext.http.get("/metrics")).text.splitlines()
-    return next(float(li.split()[1]) for li in lines if li.startswith("upnext_refused_requests_total "))
 
 
 @fault("More requests at a time than a worker may have")
@@ -49,7 +44,7 @@ async def test_above_the_bound_is_503_at_once(
             assert response.headers["retry-after"] == "1"
         for path in ("/livez", "/readyz"):
             json_of(await upnext.http.get(path))
-        assert await refused(upnext) == 4
+        assert await counted(upnext, "upnext_refused_requests_total") == 4
         assert inside == LIMIT
         go_on.set()
         assert {response.status_code for response in await asyncio.gather(*held)} == {200}
@@ -144,7 +139,7 @@ async def test_a_refusal_unparsed_is_the_middleware_s(
         bound = upnext.app.state.bound
         assert (await exchange(*line, "GET /recommend/u%2Dv?n=3"))[0] == 200
         bound.count = 1  # somebody is being answered
-        before, passed = await refused(upnext), caplog.records.copy()
+        before, passed = await counted(upnext, "upnext_refused_requests_total"), caplog.records.copy()
         middleware = await upnext.http.get("/recommend/u-v")
         for target in ("/recommend/u%2Dv?n=3", "/recommend/u-v", "/recommend/u-v"):
             status, headers, body = await exchange(*line, f"GET {target}")
@@ -154,7 +149,7 @@ async def test_a_refusal_unparsed_is_the_middleware_s(
             }
             assert headers["x-request-id"] != middleware.headers["x-request-id"]
         assert (await exchange(*line, "POST /recommend", '{"history": ["1"]}'))[0] == 503
-        assert await refused(upnext) == before + 5
+        assert await counted(upnext, "upnext_refused_requests_total") == before + 5
         assert (await exchange(*line, "GET /readyz"))[0] == 200
         told = [r.getMessage() for r in caplog.records if r not in passed and r.name == "service.overload"]
         assert told == ["more requests at a time than 1: 1 refused since the last such line"]
