@@ -29,10 +29,12 @@ class Settings(BaseSettings):
     bundles: Path = Field(Path("bundles"), description="Folder in which the trainer publishes bundles.")
     database_url: str = Field(
         "sqlite:///var/upnext.db",
+        repr=False,  # it may hold a password
         description="Event log and live catalogue: `sqlite:///file` or `postgresql://user:password@host/name`.",
     )
     redis_url: str | None = Field(
         None,
+        repr=False,  # likewise
         description="History cache: `redis://host:6379`, or nodes of a cluster, `redis+cluster://host:6379,host:6379`. "
         "Unset, `python -m service` starts a Redis of its own.",
     )

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.commit import Judge, Log, Row
+from service.commit import Judge, Log, Row, SqliteWriter
 from service.history import HistoryStore, create_redis
 from service.ingest import OVERDUE, Accepted, EventConflict, EventLog, LogUnavailable, NewEvent, digest_of
 from shared.database import cache_outbox, create_engine, events, migrate, prepare_sqlite
@@ -321,6 +321,39 @@ async def test_the_background_task_flushes_and_sweeps(
                 await asyncio.sleep(0.01)
         await log.append([event("b")], POLICY, NOW)
     assert await count(engine, cache_outbox) == 0  # leaving flushes
+
+
+async def test_one_sweep_goes_on_until_nothing_is_overdue(
+    engine: AsyncEngine, histories: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a long time without Redis."""
+    for name, value in (("FLUSH_SECONDS", 0.01), ("SWEEP_SECONDS", 3600.0), ("SWEEP_ROWS", 2)):
+        monkeypatch.setattr(f"service.ingest.{name}", value)
+    rows = [{"seq": seq, "user_id": f"u{seq}", "written": 0} for seq in range(1, 8)]
+    async with engine.begin() as connection:
+        await connection.execute(insert(cache_outbox), rows)
+    async with EventLog(engine, histories), asyncio.timeout(60):
+        while await count(engine, cache_outbox):  # noqa: ASYNC110 - the database sends no event
+            await asyncio.sleep(0.01)
+
+
+async def test_a_commit_of_sqlite_survives_the_loss_of_power(tmp_path: Path) -> None:
+    """By SQLite's own account: with WAL and synchronous FULL (2) each commit is on the disk before it is answered."""
+    path = tmp_path / "log.db"
+    engine = create_engine(f"sqlite:///{path}")
+    await migrate(engine)
+    names = ("journal_mode", "synchronous", "busy_timeout")
+    writer = SqliteWriter(engine)
+
+    def ask() -> list[Any]:
+        with writer._transaction() as connection:
+            return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+
+    at_the_writer = writer._thread.submit(ask).result()
+    async with engine.connect() as connection:
+        elsewhere = [(await connection.execute(text(f"PRAGMA {name}"))).scalar_one() for name in names]
+    await engine.dispose()
+    assert at_the_writer == elsewhere == ["wal", 2, 5_000]
 
 
 async def test_a_commit_that_did_not_reach_the_cache_is_found_and_repaired(

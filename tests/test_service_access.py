@@ -539,3 +539,10 @@ def test_a_line_of_the_log_is_one_line_whatever_it_says() -> None:
 def test_settings_show_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "UPNEXT_API_KEY", "a" * 40)
     assert "a" * 40 not in repr(Settings())
+
+
+def test_settings_show_no_password() -> None:
+    settings = Settings(
+        database_url="postgresql://upnext:hush@db/upnext", redis_url="rediss://:hush@cache:6379", api_key="hush" * 6
+    )
+    assert "hush" not in repr(settings) + str(settings)
