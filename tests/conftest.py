@@ -28,18 +28,22 @@ hypothesis.settings.load_profile("upnext")
 
 
 LONGEST: Final = (
-    "cli",
-    "readme",
-    "options",
-    "items",
-    "demo",
     "service_launcher",
+    "cli",
+    "items",
     "service_gate",
-    "ddp",
+    "readme",
+    "demo",
+    "options",
     "train",
     "crash",
-    "fuzz",
+    "export",
     "service_paths",
+    "backup",
+    "sources",
+    "faults",
+    "ddp",
+    "fuzz",
     "machine",
 )
 
