@@ -18,7 +18,6 @@ from trainer.train import Fitted, TrainingError, fit
 
 OPTIONS: list[dict[str, Any]] = [
     {"block": "original"},
-    {"block": "gated"},
     {"positions": "none", "position_bias": True},
     {"time_bias": "events", "position_bias": True, "block": "original", "heads": 2},
     {"time_bias": "query"},

@@ -80,7 +80,7 @@ def test_without_the_key_mask_padding_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"blocks": 1}, {"position_bias": True, "time_bias": "query"}])
-@pytest.mark.parametrize("block", ["pre_norm", "original", "gated"])
+@pytest.mark.parametrize("block", ["pre_norm", "original"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_query_is_the_state_at_the_last_real_position(kind: Kind, block: str, options: dict[str, Any]) -> None:
     """`query` lets only that position ask in the last block; `forward` lets all of them."""
@@ -126,7 +126,6 @@ def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:
 
 OPTIONS: list[dict[str, Any]] = [
     {"block": "original"},
-    {"block": "gated"},
     {"position_bias": True, "positions": "none"},
     {"time_bias": "query"},
     {"time_bias": "query", "position_bias": True, "block": "original"},

@@ -25,7 +25,7 @@ from trainer.sources import SOURCES, SourceConfig
 
 PRESETS = Path(__file__).parent / "configs"
 AvailabilityPolicy = Literal["first_event", "always"]
-BlockKind = Literal["pre_norm", "original", "gated"]
+BlockKind = Literal["pre_norm", "original"]
 Fusion = Literal["add", "concat", "gate"]
 Fit = Literal["split", "all"]
 """Whether the weights saw the held-out events."""
@@ -83,9 +83,7 @@ class ModelConfig(_Section):
     """The network."""
 
     kind: Literal["sasrec", "bert4rec"] = Field(description="sasrec (causal) or bert4rec (both sides, masked).")
-    block: BlockKind = Field(
-        "pre_norm", description="pre_norm; original: SASRec's own, with ReLU; gated: pre-norm with gates and SwiGLU."
-    )
+    block: BlockKind = Field("pre_norm", description="pre_norm; original: SASRec's own, with ReLU.")
     positions: Literal["learned", "none"] = Field("learned", description="Position vectors added to item vectors.")
     position_bias: bool = Field(
         default=False, description="Attention is told how many places apart two events are: a learned number each."

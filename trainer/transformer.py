@@ -129,27 +129,7 @@ class OriginalBlock(PreNormBlock):
         return x + self.drop(self.down(inner))
 
 
-class GatedBlock(PreNormBlock):
-    """Pre-norm with a gate on all that is added, and SwiGLU as feed-forward layer (LiGR, Borisyuk et al. 2025)."""
-
-    def __init__(self, config: ModelConfig, causal: bool) -> None:
-        super().__init__(config, causal)
-        D, inner = config.hidden_units, config.hidden_units * config.feedforward
-        self.swish = nn.Linear(D, inner)
-        self.attention_gate, self.forward_gate = nn.Linear(D, D), nn.Linear(D, D)
-
-    def forward(self, x: Tensor, view: View) -> Tensor:
-        """x (B, T, D) to (B, Q, D)."""
-        y, x = self.attention_norm(x), view.of(x)
-        x = x + self.drop(self.attention(view.of(y), y, view)) * torch.sigmoid(self.attention_gate(x))
-        y = self.forward_norm(x)
-        inner = self.drop(F.silu(self.swish(y)) * self.up(y))  # (B, Q, D * feedforward)
-        return x + self.drop(self.down(inner)) * torch.sigmoid(self.forward_gate(x))
-
-
-BLOCKS: Final[dict[BlockKind, type[PreNormBlock]]] = {
-    "pre_norm": PreNormBlock, "original": OriginalBlock, "gated": GatedBlock
-}  # fmt: skip
+BLOCKS: Final[dict[BlockKind, type[PreNormBlock]]] = {"pre_norm": PreNormBlock, "original": OriginalBlock}
 
 
 class Encoder(nn.Module):

@@ -13,6 +13,7 @@ bundles.py), and so do queries: histories of items that are near each other, thr
 `--bundle` takes a folder of bundles that training has published instead, without HTTP and without shares: made-up
 filters are for made-up items.
 
+--memory prints what two workers hold (PSS) of a catalogue of each size, beside the size of its files.
 --curve N prints time against recall over what HNSW fetches for 200 candidates, unfiltered, for N items.
 """
 
@@ -37,7 +38,7 @@ from shared.retrieval import Candidates, Mode, Retriever, Scope
 from shared.times import now
 from tests.benchmarks import load, running
 from tests.benchmarks.bundles import SHARES, random_bundle
-from tests.benchmarks.stack import machine, stack
+from tests.benchmarks.stack import machine, memory_mb, stack
 from tests.benchmarks.timing import median_us
 
 ALLOWED: Final = {"all": "", **{name: f"{name}:0" for name in SHARES}}
@@ -45,6 +46,7 @@ CANDIDATES: Final = 200
 WANTED: Final = 100
 QUERIES: Final = 200
 SEEN: Final = 50
+WORKERS: Final = 2
 FETCHES: Final = (200, 300, 400, 600, 800, 1200, 2000)
 
 
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("var/catalogue"))
     parser.add_argument("--bundle", type=Path, help="a folder of bundles, as `trainer run` leaves it")
     parser.add_argument("--curve", type=int, metavar="N", help="time against recall for N items, and nothing else")
+    parser.add_argument("--memory", action="store_true", help="of the workers for each size, and nothing else")
     parser.add_argument("--no-http", action="store_true")
     parser.add_argument("--seconds", type=int, default=1, help="of one HTTP measurement")
     parser.add_argument("--rounds", type=int, default=3)
@@ -126,6 +129,8 @@ def main() -> None:
         field = Field.of(asked.bundle or kept(asked.curve, asked.cache))
         print(f"{machine()}; {len(field.bundle.catalogue):,} items of width {field.queries.shape[1]}")
         result["curve"] = curve(field)
+    elif asked.memory:
+        result["rows"] = [memory(items, kept(items, asked.cache)) for items in asked.items]
     else:
         folders = {items: kept(items, asked.cache) for items in asked.items}
         rows = [row for items, folder in folders.items() for row in in_process(Field.of(folder), items)]
@@ -193,6 +198,30 @@ def fewest(url: str, category: str) -> int:
         users = [f"{running.prefix(SEEN)}{n}" for n in range(running.USERS)]
         answers = [client.get(f"/recommend/{user}", params=asked).raise_for_status().json() for user in users]
         return min(len(answer["items"]) for answer in answers)
+
+
+def memory(items: int, folder: Path) -> dict[str, float]:
+    """Megabytes of all workers together after questions of every kind, and of the files that they serve."""
+    row = {"items": items, "files": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20}
+    with stack("sqlite", workers=WORKERS, bundles=folder) as service:
+        running.fill(service.database_url, items, (SEEN,))
+        for category in ALLOWED.values():
+            fewest(service.url, category)
+        with httpx.Client(
+            base_url=service.url, headers={"Connection": "close"}
+        ) as client:  # so that each worker has some
+            for item in range(1, 101):
+                for path in (f"/items/{item}/similar", f"/recommend/nobody-{item}"):
+                    client.get(path).raise_for_status()
+        sizes = [memory_mb(pid) for pid in service.workers()]
+    row |= {kind.lower(): sum(size[kind] for size in sizes) for kind in ("Pss", "Anonymous", "Rss")}
+    row["floor"] = 200 * WORKERS + 1.3 * row["files"]
+    print(
+        f"{items:9,} items, {row['files']:5.0f} MB of files: {row['pss']:5.0f} MB of {WORKERS} workers, "
+        f"{row['anonymous']:5.0f} of them anonymous (bound {row['floor']:5.0f})",
+        flush=True,
+    )
+    return row
 
 
 def report(rows: list[dict[str, Any]]) -> None:
