@@ -52,7 +52,7 @@ class Case:
 
 CLOSED: Final = [Case(length, c) for length in LENGTHS for c in CONNECTIONS]
 OPEN: Final = [
-    *(Case(USUAL, share=share) for share in SHARES),
+    *(Case(length, share=share) for length in LENGTHS for share in SHARES),
     Case(USUAL, share=0.25, bulk=True),
     Case(USUAL, share=0.5, bulk=True),
     Case(USUAL, 8),
@@ -87,27 +87,30 @@ def measure(url: str, seconds: int, rounds: int, only: str | None) -> dict[str, 
     for length in LENGTHS:
         load.closed(url, running.prefix(length), running.USERS, connections=8, seconds=2)
     print(f"{machine()}\n{'':44}{'answers/s':>10}{'p50 ms':>9}{'p99 ms':>9}{'failed':>8}{'in bulk/s':>11}")
-    rows = [] if only == "open" else cases(CLOSED, url, 0, seconds, rounds)
-    usual = [row["per_second"] for row in rows if row["history"] == USUAL]
-    peak = max(usual) if usual else peak_of(url, seconds)
-    return {"peak": peak, "results": rows if only == "closed" else rows + cases(OPEN, url, peak, seconds, rounds)}
+    rows = [] if only == "open" else cases(CLOSED, url, {}, seconds, rounds)
+    peaks = {
+        length: max((row["per_second"] for row in rows if row["history"] == length), default=0)
+        or peak_of(url, length, seconds)
+        for length in LENGTHS
+    }
+    return {"peaks": peaks, "results": rows if only == "closed" else rows + cases(OPEN, url, peaks, seconds, rounds)}
 
 
-def peak_of(url: str, seconds: int) -> float:
+def peak_of(url: str, length: int, seconds: int) -> float:
     """The most that goes through a closed loop."""
-    users = running.prefix(USUAL)
+    users = running.prefix(length)
     return max(
         load.closed(url, users, running.USERS, connections=c, seconds=seconds).per_second for c in CONNECTIONS[1:]
     )
 
 
-def cases(chosen: list[Case], url: str, peak: float, seconds: int, rounds: int) -> list[dict[str, Any]]:
+def cases(chosen: list[Case], url: str, peaks: dict[int, float], seconds: int, rounds: int) -> list[dict[str, Any]]:
     """A printed row for each case."""
     results: dict[Case, list[load.Result]] = {case: [] for case in chosen}
     batches: dict[Case, list[load.Result]] = {case: [] for case in chosen}
     for _ in range(rounds):
         for case in chosen:
-            one, bulk = loaded(case, url, peak, seconds)
+            one, bulk = loaded(case, url, peaks, seconds)
             results[case].append(one)
             batches[case].extend([bulk] if bulk else [])
     rows = []
@@ -120,7 +123,7 @@ def cases(chosen: list[Case], url: str, peak: float, seconds: int, rounds: int) 
     return rows
 
 
-def loaded(case: Case, url: str, peak: float, seconds: int) -> tuple[load.Result, load.Result | None]:
+def loaded(case: Case, url: str, peaks: dict[int, float], seconds: int) -> tuple[load.Result, load.Result | None]:
     """What single callers saw under this load, and what the bulk caller did."""
     ask = partial(load.closed, url, running.prefix(case.history), running.USERS)
     with ThreadPoolExecutor(1) as aside:
@@ -132,7 +135,7 @@ def loaded(case: Case, url: str, peak: float, seconds: int) -> tuple[load.Result
             assert case.connections is not None
             one = ask(connections=case.connections, seconds=seconds)
         else:
-            rate = case.share * peak
+            rate = case.share * peaks[case.history]
             one = load.steady(url, running.prefix(case.history), running.USERS, rate=rate, seconds=seconds).result()
         return one, bulk.result() if bulk else None
 
