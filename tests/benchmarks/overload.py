@@ -46,7 +46,7 @@ def main() -> None:
         with stack("sqlite", workers=asked.workers, bundles=bundles) as service:
             running.fill(service.database_url, asked.items, (LENGTH,))
             load.closed(service.url, running.prefix(LENGTH), running.USERS, connections=8, seconds=3)
-            capacity = peak_of(service.url, asked.seconds)
+            capacity = peak_of(service.url, LENGTH, asked.seconds)
             seen: dict[float, list[dict[str, Any]]] = {times: [] for times in asked.times}
             for _ in range(asked.rounds):
                 for times, results in seen.items():
