@@ -131,7 +131,7 @@ def describe(document: dict[str, Any]) -> None:
             "its own machine without one.",
         }
     }
-    for method, path, operation in _operations(document):
+    for method, path, operation in operations(document):
         if path in OPEN:
             operation["security"] = []
             continue
@@ -144,7 +144,8 @@ def describe(document: dict[str, Any]) -> None:
             operation["responses"]["403"]["description"] = f"The key has not the scope `{scope}`"
 
 
-def _operations(document: dict[str, Any]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+def operations(document: dict[str, Any]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    """Method, path and description of every operation in an OpenAPI document."""
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield method, path, operation
