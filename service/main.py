@@ -27,7 +27,7 @@ from service.overload import Bound, InFlight
 from service.rates import RateLimit, parse_rate
 from service.recommend import Recommender
 from service.redis_cluster import is_cluster
-from service.routes import events, items, operations, recommend, users
+from service.routes import events, items, operations, pages, recommend, users
 from service.routes.dependencies import Services
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -58,7 +58,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.services = await stack.enter_async_context(services_for(settings, metrics))
             yield
 
-    app: FastAPI = FastAPIOffline(
+    app: FastAPI = FastAPIOffline(  # for the files of the pages
+        docs_url=None,
+        redoc_url=None,
+        static_url=f"/{pages.ASSETS}",
         title="Upnext",
         version=VERSION,
         summary="Sequential recommendations",
@@ -68,7 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
-    routers = [module.router for module in (recommend, events, users, items, operations)]
+    routers = [module.router for module in (recommend, events, users, items, operations, pages)]
     for router in routers:
         app.include_router(router)
     errors.install(app, [route for router in routers for route in router.routes])
