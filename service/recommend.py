@@ -397,7 +397,6 @@ def respond(case: Case, serving: Serving, model: Model, best: Retrieval) -> Reco
     """Item indices leave no further than here."""
     question, reading = case.question, case.reading
     is_popular = best.path == "popular"
-    serving.note_answered(best.items)
     return Recommendation(
         recommendation_id=uuid7(),
         user_id=question.user_id,
@@ -413,7 +412,8 @@ def respond(case: Case, serving: Serving, model: Model, best: Retrieval) -> Reco
 
 
 def described(best: Retrieval, reason: Reason, serving: Serving) -> Iterable[Recommended]:
-    """The items as a reader wants to know them."""
+    """The items of an answer as its reader wants to know them."""
+    serving.answered.add(best.items)
     scored = best.path != "popular"
     for index, score in zip(best.items.tolist(), best.scores, strict=True):
         is_new = index > serving.known
