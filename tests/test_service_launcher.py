@@ -347,6 +347,38 @@ def test_items_in_answers_are_counted_over_all_workers(folder: Path) -> None:
         until(lambda: covered() == {"0.0"})
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
+def test_all_workers_and_replicas_follow_a_change_of_the_catalogue(folder: Path, redis_server: RedisServer) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port, another = free_port(), free_port()
+    shared = {"redis_url": redis_server.url, "database_url": f"sqlite:///{folder / 'log.db'}"}
+    with (
+        launched(folder, port, workers=2, **shared) as process,
+        ExitStack() as stack,
+    ):
+        one, other = client_of_each(stack, process.pid, port)
+        stack.enter_context(launched(folder, another, **shared))
+        replica = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{another}"))
+        everybody = (one, other, replica)
+        for client in everybody:
+            wait_ready(client)
+
+        def best() -> set[str]:
+            question = {"history": ["3"], "n": 1}
+            return {i for c in everybody for i in ids_of(c.post("/recommend", json=question).json())}
+
+        assert best() == {"4"}
+        for step, client in enumerate(everybody):
+            item = str(4 + step)
+            assert client.delete(f"/items/{item}").status_code == 200
+            until(lambda: best() == {str(5 + step)})  # noqa: B023 - called before the next step
+        for step, client in enumerate(everybody):
+            item = str(6 - step)
+            assert client.put(f"/items/{item}", json={"withdrawn": False}).status_code == 200
+            until(lambda: best() == {item})  # noqa: B023
+
+
 @fault("A worker hangs")
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
