@@ -118,7 +118,8 @@ class Case:
     reading: Reading
     sequence: IntArray  # (L,) item indices that a model knows, oldest first
     times: IntArray  # (L + 1,) when those events happened, epoch microseconds, and last the time that is asked about
-    banned: IntArray  # item indices that must not be returned
+    banned: IntArray  # item indices that must not be returned, of the items that there were
+    new: int  # how many of those were new ones
 
     def told(self, trace: Trace) -> None:
         """Note for the metrics how much of the history the bundle knows."""
@@ -126,10 +127,12 @@ class Case:
         trace.known_items += len(self.sequence)
 
     def scope(self, serving: Serving) -> Scope:
-        """What may be returned, by availability and categories as they are at this moment."""
+        """What may be returned, by items, availability and categories as they are at this moment."""
         where = self.question.where
         wanted = None if where is None else serving.wanted(where)
-        return Scope(serving.availability, self.reading.as_of, self.banned, wanted)
+        # What was added meanwhile had no index to be excluded by.
+        banned = self.banned if self.new == len(serving.new) else excluded(self.question, self.reading, serving)
+        return Scope(serving.availability, self.reading.as_of, banned, wanted)
 
 
 class Asked(NamedTuple):
@@ -283,11 +286,15 @@ def bring(question: Question, brought: Brought, policy: HistoryPolicy) -> Readin
 def place(question: Question, reading: Reading, serving: Serving) -> Case:
     """Item ids become item indices here; unknown items are left out."""
     sequence = serving.bundle.catalogue.indices_of_keys(reading.history.items)
-    banned = serving.indices_of(question.exclude)
-    if question.exclude_seen:
-        banned = np.concatenate((serving.indices_of_keys(reading.history.seen), banned))
     known = sequence > 0
-    return Case(question, reading, sequence[known], np.append(reading.history.timestamps[known], reading.as_of), banned)
+    times = np.append(reading.history.timestamps[known], reading.as_of)
+    return Case(question, reading, sequence[known], times, excluded(question, reading, serving), len(serving.new))
+
+
+def excluded(question: Question, reading: Reading, serving: Serving) -> IntArray:
+    """Indices of the items that were seen, unless the caller wants those too, and of those that he names."""
+    named = serving.indices_of(question.exclude)
+    return np.concatenate((serving.indices_of_keys(reading.history.seen), named)) if question.exclude_seen else named
 
 
 def search(
