@@ -5,12 +5,16 @@
     GET                                 read       POST /recommend..., /api/recommend/   read
     POST /events, PUT, DELETE /items    write      everything else                       admin
 
+A browser cannot send a key by itself, but it asks its reader for a name and a password: on the pages of the docs, and
+nowhere else, the key may come as that password.
+
 Without keys, only this machine is answered: a peer on the loopback interface, with no proxy between, that asked for a
 host which no public name server could have led it to (a web page must not reach a service on its reader's machine).
 """
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
@@ -23,27 +27,36 @@ from service import errors
 from service.errors import Forbidden, RateLimited, ServiceError, Unauthorized, problem
 from service.keys import Key, KeyRing, Scope
 from service.rates import RateLimit
+from service.routes.pages import ASSETS
 from service.telemetry import Trace
 
 OPEN: Final = frozenset({"/livez", "/readyz"})
-ANY_KEY: Final = frozenset({"metrics", "info", "docs", "redoc", "openapi.json", "static-offline-docs"})
+PAGES: Final = frozenset({"docs", "redoc", "openapi.json", ASSETS})
+"""First parts of paths that people read in a browser."""
+ANY_KEY: Final = PAGES | {"metrics", "info"}
 """First parts of paths that tell of the service, and of no user."""
 LOCAL: Final = Key("local", frozenset(Scope), b"")
 """Who asks, where there are no keys."""
 SCHEME: Final = "key"
+ASKING: Final = {"WWW-Authenticate": 'Basic realm="Upnext: any name, and a key as the password", Bearer'}
+"""Has a browser ask."""
 _FORWARDED: Final = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"})
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def needed(method: str, path: str) -> Scope | None:
     """The scope that a request needs; None where any key will do. What is not known here needs `admin`."""
-    if method in _READING and path[1:].partition("/")[0] in ANY_KEY:
+    if method in _READING and _first(path) in ANY_KEY:
         return None
     if method in _READING or (method == "POST" and path.startswith(("/recommend", "/api/recommend/"))):
         return Scope.READ
     if (method == "POST" and path == "/events") or (method in ("PUT", "DELETE") and path.startswith("/items/")):
         return Scope.WRITE
     return Scope.ADMIN
+
+
+def _first(path: str) -> str:
+    return path[1:].partition("/")[0]
 
 
 class Door:
@@ -67,7 +80,8 @@ class Door:
             if self.limit is not None:
                 await self.limit.admit(key.name)
         except ServiceError as error:
-            await problem(error, scope["path"])(scope, receive, send)
+            asking = isinstance(error, Unauthorized) and self.keys.required and _first(scope["path"]) in PAGES
+            await problem(error, scope["path"], ASKING if asking else None)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -78,10 +92,22 @@ class Door:
             return LOCAL
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, token = given.decode("latin-1").partition(" ")
-        key = self.keys.find(token.strip()) if kind.lower() == "bearer" else None
+        key = None
+        if kind.lower() == "bearer":
+            key = self.keys.find(token.strip())
+        elif kind.lower() == "basic" and _first(scope["path"]) in PAGES:
+            key = self.keys.find(password_of(token))
         if key is None:
             raise Unauthorized()
         return key
+
+
+def password_of(credentials: str) -> str:
+    """The password in credentials of the scheme Basic (RFC 7617); "" where there is none."""
+    try:
+        return b64decode(credentials).decode("utf-8", "replace").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _refuse_strangers(scope: AsgiScope) -> None:
@@ -131,7 +157,7 @@ def describe(document: dict[str, Any]) -> None:
             "its own machine without one.",
         }
     }
-    for method, path, operation in _operations(document):
+    for method, path, operation in operations(document):
         if path in OPEN:
             operation["security"] = []
             continue
@@ -144,7 +170,8 @@ def describe(document: dict[str, Any]) -> None:
             operation["responses"]["403"]["description"] = f"The key has not the scope `{scope}`"
 
 
-def _operations(document: dict[str, Any]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+def operations(document: dict[str, Any]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    """Method, path and description of every operation in an OpenAPI document."""
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield method, path, operation

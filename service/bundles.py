@@ -26,6 +26,7 @@ import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.catalogue import CatalogueUnavailable, LiveCatalogue
+from service.coverage import Answered
 from service.errors import CatalogueDown, NoBundle, UnknownModel
 from service.history import READ_SECONDS, database_failures_as
 from service.memory import trim, uncollected
@@ -61,7 +62,7 @@ class Serving:
         self.availability = Availability.of(bundle.catalogue)
         self.categories = Categories.of(bundle.catalogue)
         self._titles: dict[ItemId, str] = {}
-        self._answered = np.zeros(self.known + 1, bool)  # by item index: was in an answer
+        self.answered = Answered(bundle.manifest.version, self.known)
         self.apply(changes)
 
     def apply(self, changes: Iterable[ItemChange]) -> None:
@@ -104,15 +105,6 @@ class Serving:
     def obeys(self, change: ItemChange) -> bool:
         """Whether a change counts beside this bundle: a loaded row gives way to what the bundle knows of the item."""
         return not change.loaded or change.item_id not in self.bundle.catalogue.index_by_id
-
-    def note_answered(self, items: IntArray) -> None:
-        """Remember that these items were in an answer."""
-        self._answered[items[items <= self.known]] = True
-
-    @property
-    def coverage(self) -> float:
-        """Share of the bundle's items that were in an answer."""
-        return float(np.count_nonzero(self._answered)) / max(self.known, 1)
 
     def _as_published(self, index: ItemIndex) -> Item:
         return _as_published(self.bundle, self.new, index)
@@ -261,7 +253,7 @@ class Live:
     async def follow_bundle(self) -> None:
         """Load what CURRENT names, if that is news. A bundle that cannot be served leaves the old one live."""
         if self.serving is not None:
-            self.metrics.coverage.set(self.serving.coverage)
+            self.metrics.coverage.set(self.serving.answered.share)
         folder = self.settings.bundles
         try:
             version = await asyncio.to_thread(current_version, folder)

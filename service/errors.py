@@ -311,8 +311,24 @@ def responses(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
             },
         )
         entry["content"][MEDIA_TYPE]["examples"][kind.code] = {"summary": kind.title, "value": _example(kind)}
-        if kind.retry_after is not None:
-            entry["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+        if headers := _headers(kind):
+            entry.setdefault("headers", {}).update(headers)
+    return found
+
+
+def _headers(kind: type[ServiceError]) -> dict[str, dict[str, Any]]:
+    """The headers that errors of a kind bring, as OpenAPI describes them."""
+    text = {"required": True, "schema": {"type": "string"}}
+    found = {name: {"description": "What to send.", **text, "example": value} for name, value in kind.headers.items()}
+    if kind.retry_after is not None:
+        found["Retry-After"] = {
+            "description": "Seconds until another try is worth it.",
+            "required": True,
+            "schema": {"type": "integer", "minimum": 1},
+            "example": kind.retry_after,
+        }
+    if kind is MethodNotAllowed:
+        found["Allow"] = {"description": "The methods that the path has.", **text, "example": "DELETE, GET, PUT"}
     return found
 
 

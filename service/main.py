@@ -13,9 +13,8 @@ from typing import Any, Final
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from service import access, errors
+from service import description, errors
 from service.access import Door
-from service.answers import Problem
 from service.bundles import Live
 from service.catalogue import LiveCatalogue
 from service.direct import Direct
@@ -28,43 +27,17 @@ from service.overload import Bound, InFlight
 from service.rates import RateLimit, parse_rate
 from service.recommend import Recommender
 from service.redis_cluster import is_cluster
-from service.routes import events, items, operations, recommend, users
+from service.routes import events, items, operations, pages, recommend, users
 from service.routes.dependencies import Services
 from service.settings import Settings
 from service.telemetry import Telemetry
 from service.version import VERSION
 from shared.database import READER_KIB, close, create_engine
 
-DESCRIPTION: Final = """
-What next, for a user, from the order of what they did.
-
-1. Tell what users do with `POST /events`.
-2. Ask `GET /recommend/{user_id}`: items that exist, that the user has not seen, best first.
-3. Narrow it down with `filter=genre:Comedy`, ask for many users at once with `POST /recommend/batch`, or for items
-   like an item with `GET /items/{item_id}/similar`.
-4. Keep items up to date with `PUT /items/{item_id}`; a withdrawn item is gone from all answers at once.
-
-- **Ids** are your own strings of `A-Z a-z 0-9 _ . : @ + = ~ | -`, up to 256 characters.
-- **Times** are RFC 3339 with an offset, `2026-11-21T10:00:00Z`; a time without one is an error.
-- **Unknown parameters and fields** are errors, never silently ignored.
-- **Errors** are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) `application/problem+json` with a stable `type`;
-  a 429 and a 503 say in `Retry-After` when to come back.
-- **Keys**: send `Authorization: Bearer <key>`. A service without keys answers callers on its own machine alone.
-- Every response carries `X-Request-Id`: send your own, or use ours when you report a problem. `Server-Timing` tells
-  where the time went.
-"""
-
 CONNECTIONS: Final = 10
 """To the database, for each worker: one writes, one follows the catalogue, the others read histories."""
 POOL_SECONDS: Final = 2.0
 """How long a request waits for one of them to be free."""
-
-TAGS: Final = [
-    {"name": "recommendations", "description": "What next?"},
-    {"name": "events", "description": "What users did. Stored durably before the answer, seen by the next request."},
-    {"name": "catalogue", "description": "Items: what they are called, and when they exist."},
-    {"name": "operations", "description": "For those who run the service."},
-]
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -85,17 +58,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.services = await stack.enter_async_context(services_for(settings, metrics))
             yield
 
-    app: FastAPI = FastAPIOffline(
+    app: FastAPI = FastAPIOffline(  # for the files of the pages
+        docs_url=None,
+        redoc_url=None,
+        static_url=f"/{pages.ASSETS}",
         title="Upnext",
         version=VERSION,
         summary="Sequential recommendations",
-        description=DESCRIPTION,
-        openapi_tags=TAGS,
+        description=description.DESCRIPTION,
+        openapi_tags=description.TAGS,
         lifespan=lifespan,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
-    routers = [module.router for module in (recommend, events, users, items, operations)]
+    routers = [module.router for module in (recommend, events, users, items, operations, pages)]
     for router in routers:
         app.include_router(router)
     errors.install(app, [route for router in routers for route in router.routes])
@@ -134,14 +110,11 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
 
 
 def _complete_description(app: FastAPI) -> None:
-    """Put keys, and the form of all errors, into the OpenAPI document, where every route's errors refer to it."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        document["components"]["schemas"].update(schema.pop("$defs"), Problem=schema)
-        access.describe(document)
+        description.complete(document)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

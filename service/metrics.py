@@ -20,7 +20,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 FLUSH_SECONDS: Final = 1.0
 _BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-_SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"
+SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable that names the folder which the workers of a host share."""
 
 Labels = tuple[str, ...]
 
@@ -80,7 +81,7 @@ class Metrics:
         )  # fmt: skip
         self.coverage = Gauge(
             "upnext_answer_coverage_ratio",
-            "Share of the live bundle's items that were in an answer since it went live, in the worker with the most.",
+            "Share of the live bundle's items that were in an answer since it went live, of any worker.",
             registry=registry, multiprocess_mode="livemax",
         )  # fmt: skip
         self.catalogue_revision = Gauge(
@@ -113,7 +114,7 @@ class Metrics:
     def render(self) -> bytes:
         """The text format."""
         self.flush()
-        if _SHARED not in os.environ:
+        if SHARED not in os.environ:
             return generate_latest(self.registry)
         together = CollectorRegistry()
         MultiProcessCollector(together)  # type: ignore[no-untyped-call]
@@ -163,9 +164,9 @@ class _Observed:
 
 def forget_dead_workers() -> None:
     """Remove what workers that are no more said of themselves: one that crashed cannot say that it is gone."""
-    if _SHARED not in os.environ:
+    if SHARED not in os.environ:
         return
-    for file in Path(os.environ[_SHARED]).glob("gauge_live*_*.db"):
+    for file in Path(os.environ[SHARED]).glob("gauge_live*_*.db"):
         pid = file.stem.rpartition("_")[2]
         if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
             file.unlink(missing_ok=True)

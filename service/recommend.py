@@ -123,7 +123,8 @@ class Case:
     reading: Reading
     sequence: IntArray  # (L,) item indices that a model knows, oldest first
     times: IntArray  # (L + 1,) when those events happened, epoch microseconds, and last the time that is asked about
-    banned: IntArray  # item indices that must not be returned
+    banned: IntArray  # item indices that must not be returned, of the items that there were
+    new: int  # how many of those were new ones
 
     def told(self, trace: Trace) -> None:
         """Note for the metrics how much of the history the bundle knows."""
@@ -131,10 +132,12 @@ class Case:
         trace.known_items += len(self.sequence)
 
     def scope(self, serving: Serving) -> Scope:
-        """What may be returned, by availability and categories as they are at this moment."""
+        """What may be returned, by items, availability and categories as they are at this moment."""
         where = self.question.where
         wanted = None if where is None else serving.wanted(where)
-        return Scope(serving.availability, self.reading.as_of, self.banned, wanted)
+        # What was added meanwhile had no index to be excluded by.
+        banned = self.banned if self.new == len(serving.new) else excluded(self.question, self.reading, serving)
+        return Scope(serving.availability, self.reading.as_of, banned, wanted)
 
 
 class Asked(NamedTuple):
@@ -307,11 +310,15 @@ def bring(question: Question, brought: Brought, policy: HistoryPolicy) -> Readin
 def place(question: Question, reading: Reading, serving: Serving) -> Case:
     """Item ids become item indices here; unknown items are left out."""
     sequence = serving.bundle.catalogue.indices_of_keys(reading.history.items)
-    banned = serving.indices_of(question.exclude)
-    if question.exclude_seen:
-        banned = np.concatenate((serving.indices_of_keys(reading.history.seen), banned))
     known = sequence > 0
-    return Case(question, reading, sequence[known], np.append(reading.history.timestamps[known], reading.as_of), banned)
+    times = np.append(reading.history.timestamps[known], reading.as_of)
+    return Case(question, reading, sequence[known], times, excluded(question, reading, serving), len(serving.new))
+
+
+def excluded(question: Question, reading: Reading, serving: Serving) -> IntArray:
+    """Indices of the items that were seen, unless the caller wants those too, and of those that he names."""
+    named = serving.indices_of(question.exclude)
+    return np.concatenate((serving.indices_of_keys(reading.history.seen), named)) if question.exclude_seen else named
 
 
 def search(
@@ -421,7 +428,6 @@ def respond(case: Case, serving: Serving, model: Model, best: Retrieval) -> Reco
     """Item indices leave no further than here."""
     question, reading = case.question, case.reading
     is_popular = best.path == "popular"
-    serving.note_answered(best.items)
     return Recommendation(
         recommendation_id=uuid7(),
         user_id=question.user_id,
@@ -437,7 +443,8 @@ def respond(case: Case, serving: Serving, model: Model, best: Retrieval) -> Reco
 
 
 def described(best: Retrieval, reason: Reason, serving: Serving) -> Iterable[Recommended]:
-    """The items as a reader wants to know them."""
+    """The items of an answer as its reader wants to know them."""
+    serving.answered.add(best.items)
     scored = best.path != "popular"
     for index, score in zip(best.items.tolist(), best.scores, strict=True):
         is_new = index > serving.known

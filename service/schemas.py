@@ -370,11 +370,11 @@ class ItemBody(StrictBody):
         json_schema_extra={
             "examples": [
                 {
-                    "title": "Heat",
-                    "categories": ["genre:Action", "genre:Crime"],
-                    "available_from": "1995-12-15T00:00:00Z",
+                    "title": "Schindler's List (1993)",
+                    "categories": ["genre:Drama", "genre:War"],
+                    "available_from": "1993-01-01T00:00:00Z",
                 },
-                {"categories": {"genre": ["Action", "Crime"]}, "available_until": "2027-01-01T00:00:00Z"},
+                {"categories": {"genre": ["Drama", "War"]}, "available_until": "2027-01-01T00:00:00Z"},
             ]
         }
     )

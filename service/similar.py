@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Literal
@@ -13,7 +14,8 @@ from service.errors import UnknownItem
 from service.recommend import Recommended, Recommender, by_popularity, described, first
 from service.telemetry import Trace
 from shared.bundle import Model
-from shared.events import ItemId, ItemIndex
+from shared.categories import Categories
+from shared.events import IntArray, ItemId, ItemIndex
 from shared.retrieval import Retrieval, Scope
 from shared.times import now
 
@@ -44,10 +46,14 @@ async def similar(
     index = serving.index(item_id)
     if index is None:
         raise UnknownItem(f"No item {item_id!r} is in the catalogue.")
-    scope = Scope(serving.availability, now() if as_of is None else as_of, np.array([index], np.int64))
+    as_of, has_vector = now() if as_of is None else as_of, index <= serving.known
     with trace.stage("retrieve"):
-        has_vector = index <= serving.known
-        search = model.retriever.similar if has_vector else partial(akin, serving)
+        search: Callable[[ItemIndex, int, Scope], Retrieval] = model.retriever.similar
+        if not has_vector:
+            await recommender.order_by_popularity(serving, as_of)
+            search = partial(akin, by_popularity(serving, as_of), serving.categories)
+        # Of the same moment: items may be added while a thread looks at these.
+        scope = Scope(serving.availability, as_of, np.array([index], np.int64))
         best = await recommender.beside(serving, partial(search, index, n + SPARE, scope))
         # The final gate: the catalogue may have changed meanwhile.
         permitted = np.flatnonzero(replace(scope, availability=serving.availability).permits(best.items))[:n]
@@ -58,9 +64,8 @@ async def similar(
     return Similar(item_id, model.name, serving.bundle.version, scope.as_of, strategy, n, items)
 
 
-def akin(serving: Serving, index: ItemIndex, n: int, scope: Scope) -> Retrieval:
-    """Items that share categories with one that has no vector: the more the better, then by popularity."""
-    order = by_popularity(serving, scope.as_of)
-    shared = serving.categories.sharing(index, len(scope.availability.withdrawn))[order]
+def akin(order: IntArray, categories: Categories, index: ItemIndex, n: int, scope: Scope) -> Retrieval:
+    """Items that share categories with one that has no vector: the more the better, then as in `order`."""
+    shared = categories.sharing(index, len(scope.availability.withdrawn))[order]
     most = np.argsort(-shared, kind="stable")[: np.count_nonzero(shared)]
     return first(order[most], scope, n)

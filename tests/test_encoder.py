@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,6 +79,33 @@ def test_only_a_model_that_asks_with_mask_has_one() -> None:
     spec = {"architecture": "x", "item_count": N, "width": 4, "max_length": 8}
     assert EncoderSpec.model_validate({**spec, "asks_with_mask": True}).mask == N + 1
     assert EncoderSpec.model_validate({**spec, "asks_with_mask": False}).mask is None
+
+
+THREADS = """if True:
+    from pathlib import Path
+    import numpy as np
+    from tests import worlds
+    from shared.encoder import Encoder
+    before = len(list(Path("/proc/self/task").iterdir()))
+    spec = worlds.model_info("sasrec", 12, 12).encoder
+    encoder = Encoder(worlds.encoder_bytes(worlds.circle(12), asks_with_mask=False), spec)
+    encoder.encode([np.arange(1, 13)] * 64)
+    print(len(list(Path("/proc/self/task").iterdir())) - before)
+"""
+
+
+def test_an_encoder_works_in_the_thread_that_calls_it() -> None:
+    for encoder in ENCODERS.values():
+        options = encoder.session.get_session_options()
+        assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+        assert not options.enable_mem_pattern
+        assert encoder.session.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+def test_an_encoder_starts_no_thread() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
 
 
 def test_no_histories_give_no_queries() -> None:

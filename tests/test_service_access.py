@@ -206,9 +206,36 @@ def test_the_description_says_it(tmp_path: Path) -> None:
 
 
 async def test_docs_need_a_key_too(closed: Running, keys: Keys) -> None:
-    for path in ("/docs", "/redoc", "/openapi.json", "/static-offline-docs/swagger-ui.css"):
+    for path in PAGES:
         assert (await closed.http.get(path)).status_code == 401
         assert (await closed.peer(key=keys.of["writer"]).get(path)).status_code == 200
+
+
+PAGES = ("/docs", "/redoc", "/openapi.json", "/static-offline-docs/swagger-ui.css")
+
+
+async def test_a_browser_asks_its_reader_for_a_key_and_sends_it_as_a_password(closed: Running, keys: Keys) -> None:
+    key = keys.of["reader"]
+    for path in PAGES:
+        refused = await closed.http.get(path)
+        assert_problem(refused, 401, "unauthorized")
+        assert refused.headers["www-authenticate"].startswith("Basic realm=")
+        for name in ("", "anybody"):
+            assert (await closed.http.get(path, auth=(name, key))).status_code == 200
+        for wrong in (("reader", "reader"), (key, ""), ("reader", key + ":")):
+            assert_problem(await closed.http.get(path, auth=wrong), 401, "unauthorized")
+    for garbage in ("Basic", "Basic !", "Basic YQ", "Basic \xe9"):
+        headers = {b"Authorization": garbage.encode("latin-1")}
+        assert_problem(await closed.http.get("/docs", headers=headers), 401, "unauthorized")
+
+
+async def test_a_password_opens_no_more_than_the_pages(closed: Running, keys: Keys) -> None:
+    """A browser sends it by itself wherever a foreign page leads it."""
+    auth = ("anybody", keys.of["all"])
+    for method, path in (("GET", "/recommend/u"), ("GET", "/metrics"), ("DELETE", "/users/u"), ("POST", "/events")):
+        refused = await closed.http.request(method, path, auth=auth)
+        assert_problem(refused, 401, "unauthorized")
+        assert refused.headers["www-authenticate"] == "Bearer"
 
 
 async def test_a_key_from_the_environment(tmp_path: Path, redis_server: RedisServer, monkeypatch: Any) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -29,7 +29,7 @@ from service.settings import Settings
 from shared.database import create_engine, events
 from tests.faults import fault
 from tests.servers import PostgresServer, RedisServer, free_port
-from tests.serving import running, value_of
+from tests.serving import ids_of, running, value_of
 from tests.worlds import cyclic, write_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -300,6 +300,83 @@ def test_workers_take_equal_shares_of_the_connections(folder: Path) -> None:
                 connect(stack, port, 1)
                 found = until_spread(process.pid, port, count)
             assert min(found) >= 3, found
+
+
+def client_of_each(stack: ExitStack, launcher: int, port: int) -> list[httpx.Client]:
+    """For each of two workers a client with a connection to it."""
+    until_both_listen(launcher, port)
+    found: dict[int, httpx.Client] = {}
+    deadline = time.monotonic() + 60
+    while len(found) < 2:
+        assert time.monotonic() < deadline, found
+        before = {pid: connections_of(pid, port) for pid in workers_of(launcher)}
+        client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}"))
+        assert client.get("/livez").status_code == 200
+        (pid,) = (pid for pid, count in before.items() if connections_of(pid, port) > count)
+        found.setdefault(pid, client)
+    return list(found.values())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
+def test_items_in_answers_are_counted_over_all_workers(folder: Path) -> None:
+    write_bundle(folder / "bundles", cyclic(10))
+    port = free_port()
+    with launched(folder, port, workers=2, bundle_poll_seconds=0.1) as process, ExitStack() as stack:
+        one, other = client_of_each(stack, process.pid, port)
+        wait_ready(one)
+        wait_ready(other)
+
+        def covered() -> set[str]:
+            name = "upnext_answer_coverage_ratio "
+            return {line.removeprefix(name) for client in (one, other)
+                    for line in client.get("/metrics").text.splitlines() if line.startswith(name)}  # fmt: skip
+
+        assert ids_of(one.get("/items/1/similar?n=2").json()) == ["2", "3"]
+        until(lambda: covered() == {"0.2"})
+        assert ids_of(other.post("/recommend", json={"history": ["2"], "n": 3}).json()) == ["3", "4", "5"]
+        until(lambda: covered() == {"0.4"})
+        write_bundle(folder / "bundles", cyclic(10), version="2000-03-02")
+        until(lambda: covered() == {"0.0"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
+def test_all_workers_and_replicas_follow_a_change_of_the_catalogue(folder: Path, redis_server: RedisServer) -> None:
+    write_bundle(folder / "bundles", cyclic())
+    port, another = free_port(), free_port()
+    shared = {"redis_url": redis_server.url, "database_url": f"sqlite:///{folder / 'log.db'}"}
+    with (
+        launched(folder, port, workers=2, **shared) as process,
+        ExitStack() as stack,
+    ):
+        one, other = client_of_each(stack, process.pid, port)
+        stack.enter_context(launched(folder, another, **shared))
+        replica = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{another}"))
+        everybody = (one, other, replica)
+        for client in everybody:
+            wait_ready(client)
+
+        def best() -> set[str]:
+            question = {"history": ["3"], "n": 1}
+            return {i for c in everybody for i in ids_of(c.post("/recommend", json=question).json())}
+
+        assert best() == {"4"}
+        for step, client in enumerate(everybody):
+            item = str(4 + step)
+            assert client.delete(f"/items/{item}").status_code == 200
+            until(lambda: best() == {str(5 + step)})  # noqa: B023 - called before the next step
+        for step, client in enumerate(everybody):
+            item = str(6 - step)
+            assert client.put(f"/items/{item}", json={"withdrawn": False}).status_code == 200
+            until(lambda: best() == {item})  # noqa: B023
 
 
 @fault("A worker hangs")

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from service.metrics import _BUCKETS, Metrics, forget_dead_workers
 from tests.servers import RedisServer
-from tests.serving import serving, until
+from tests.serving import ids_of, json_of, serving, until
 from tests.worlds import cyclic, write_bundle
 
 
@@ -62,6 +62,12 @@ async def test_what_the_bundle_knows_and_what_it_answers(tmp_path: Path, redis_s
         assert "upnext_bundle_created_timestamp_seconds 9.518688e+08" in lines
         metrics = upnext.services.metrics
         await until(lambda: "upnext_answer_coverage_ratio 0.4" in metrics.render().decode())
+        similar = json_of(await upnext.http.get("/items/10/similar?n=1"))
+        assert ids_of(similar) == ["1"]
+        body = {"users": ["u", "nobody"], "n": 2}
+        results = json_of(await upnext.http.post("/recommend/batch", json=body))["results"]
+        assert [ids_of(result) for result in results] == [["4", "5"], ["1", "2"]]
+        await until(lambda: "upnext_answer_coverage_ratio 0.6" in metrics.render().decode())  # of 4 to 7, 1 and 2
         write_bundle(upnext.settings.bundles, cyclic(10), version="2000-03-02")
         await until(lambda: 'upnext_bundle_workers{version="2000-03-02"} 1.0' in metrics.render().decode())
         await until(lambda: "upnext_answer_coverage_ratio 0.0" in metrics.render().decode())

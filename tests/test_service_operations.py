@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from service.errors import MEDIA_TYPE
 from service.main import create_app
 from service.settings import PREFIX, Settings, markdown_table
 from service.telemetry import JsonLines, TurnHandler, uuid7
@@ -137,10 +136,15 @@ async def test_pages_load_nothing_from_elsewhere(upnext: Running, page: str) -> 
     response = await upnext.http.get(page)
     assert response.status_code == 200
     assert "Upnext" in response.text
-    assets = re.findall(r'(?:src|href)="([^"]+)"', response.text)
-    assert assets
-    assert "//" not in "".join(assets)
+    (policy,) = response.headers["content-security-policy"].split(";")
+    assert policy.split()[0] == "default-src"  # whatever kind of thing a script may want
+    assert set(policy.split()[1:]) <= {"'self'", "'unsafe-inline'", "'unsafe-eval'", "data:", "blob:"}
+    named = re.findall(r'(?:src|href|spec-url)="([^"]+)"|url: .([^\'"]+)', response.text)
+    assets = {one or other for one, other in named}
+    assert "openapi.json" in assets
+    assert len(assets) >= 3
     for asset in assets:
+        assert re.fullmatch(r"[a-z./-]+", asset), asset  # on this server, behind whatever path a proxy may add
         assert (await upnext.http.get(asset)).status_code == 200, asset
 
 
@@ -157,25 +161,6 @@ def test_every_operation_is_described() -> None:
             assert operation["description"], (method, path)
             assert set(operation["tags"]) <= tags
             assert "HTTPValidationError" not in json.dumps(operation)
-
-
-def test_every_error_has_an_example() -> None:
-    document = openapi()
-    problems = [
-        (path, response["content"][MEDIA_TYPE])
-        for path, operations in document["paths"].items()
-        for operation in operations.values()
-        for status, response in operation["responses"].items()
-        if int(status) >= 400
-    ]
-    assert len(problems) > 20
-    for path, content in problems:
-        for example in content["examples"].values():
-            assert {"type", "title", "status", "detail", "instance"} <= example["value"].keys(), path
-    assert "Problem" in document["components"]["schemas"]
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            assert "internal" in operation["responses"]["500"]["content"][MEDIA_TYPE]["examples"]
 
 
 def test_examples_of_bodies_are_accepted() -> None:

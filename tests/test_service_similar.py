@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service import recommend
+from service import recommend, similar
 from shared.catalogue import Item, ItemChange
 from shared.popularity import Popularity
 from shared.retrieval import Mode, Retrieval, Retriever
@@ -135,6 +135,29 @@ async def test_in_a_large_catalogue_others_go_on_and_the_last_gate_sees_what_cha
         upnext.services.live.apply([ItemChange("2", None, None, None, None, True, 1)])
         go_on.set()
         assert await asked == ["3", "4"]
+
+
+async def test_in_a_large_catalogue_items_may_be_added_while_others_are_looked_at(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recommend, "LARGE", N)
+    begun, go_on = asyncio.Event(), threading.Event()
+    find, loop = similar.akin, asyncio.get_running_loop()
+
+    def late(*arguments: Any) -> Retrieval:
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(60)
+        return find(*arguments)
+
+    monkeypatch.setattr(similar, "akin", late)
+    async with serving(tmp_path, redis_server, fan_world()) as upnext:
+        await upnext.put("new", categories=["parity:even"])
+        asked = asyncio.create_task(like(upnext, "new", n=100))
+        await asyncio.wait_for(begun.wait(), 60)
+        await upnext.put("newer", categories=["parity:even"])
+        go_on.set()
+        assert set(await asked) == {str(n) for n in range(2, N + 1, 2)}
+        assert set(await like(upnext, "new", n=100)) == {str(n) for n in range(2, N + 1, 2)} | {"newer"}
 
 
 async def test_in_a_large_catalogue_the_order_of_an_older_day_is_made_aside(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from service import errors
-from service.answers import ItemAnswer, ItemsAnswer, SimilarAnswer
+from service.answers import EXAMPLE_WITHDRAWN, ItemAnswer, ItemsAnswer, SimilarAnswer
 from service.bundles import Live
 from service.catalogue import CatalogueUnavailable, Fields
 from service.routes.dependencies import (
@@ -130,12 +130,18 @@ async def put_item(item_id: ItemPath, body: ItemBody, services: ServicesOf) -> R
     return answer(shown(item_id, change, services.live))
 
 
+_WITHDRAWN: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"content": {"application/json": {"example": EXAMPLE_WITHDRAWN}}}
+}
+
+
 @router.delete(
     "/items/{item_id}",
     response_model=ItemAnswer,
     summary="Withdraw an item",
     dependencies=NO_PARAMETERS,
-    responses=errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown, errors.Overloaded),
+    responses=_WITHDRAWN
+    | errors.responses(errors.UnknownItem, errors.Invalid, errors.CatalogueDown, errors.Overloaded),
 )
 async def withdraw_item(item_id: ItemPath, services: ServicesOf) -> Response:
     """The item is not returned any more, for no `as_of`, until a PUT says `withdrawn: false`. Twice is as good."""

@@ -52,7 +52,17 @@ def refuse_unready(live: Live, checks: dict[str, str]) -> None:
 
 
 _EXPOSITION: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    200: {
+        "description": "Prometheus' text format.",
+        "content": {
+            "text/plain": {
+                "schema": {"type": "string"},
+                "example": "# HELP upnext_events_total Events taken, by outcome.\n"
+                "# TYPE upnext_events_total counter\n"
+                'upnext_events_total{status="accepted"} 1682.0\n',
+            }
+        },
+    }
 }
 
 
