@@ -38,8 +38,8 @@ ANY_KEY: Final = PAGES | {"metrics", "info"}
 LOCAL: Final = Key("local", frozenset(Scope), b"")
 """Who asks, where there are no keys."""
 SCHEME: Final = "key"
-ASKING: Final = {"WWW-Authenticate": 'Basic realm="Upnext: any name, and a key as the password", Bearer'}
-"""Has a browser ask."""
+ASKING: Final = {"WWW-Authenticate": 'Basic realm="Upnext: any name, and a key as the password"'}
+"""Has a browser ask. Chromium, for one, does not when the same line names a second scheme."""
 _FORWARDED: Final = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"})
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 

@@ -219,7 +219,8 @@ async def test_a_browser_asks_its_reader_for_a_key_and_sends_it_as_a_password(cl
     for path in PAGES:
         refused = await closed.http.get(path)
         assert_problem(refused, 401, "unauthorized")
-        assert refused.headers["www-authenticate"].startswith("Basic realm=")
+        # One scheme alone: Chromium does not ask where a second one stands on the same line.
+        assert re.fullmatch(r"Basic realm=\"[^\"]+\"", refused.headers["www-authenticate"])
         for name in ("", "anybody"):
             assert (await closed.http.get(path, auth=(name, key))).status_code == 200
         for wrong in (("reader", "reader"), (key, ""), ("reader", key + ":")):
