@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
 
+import aiosqlite
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
@@ -183,13 +185,36 @@ def create_engine(url: str, *, sqlite_kib: int = WRITER_KIB, **options: Any) -> 
         return plain_engine(parsed, pool_pre_ping=True, **options)
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = plain_engine(parsed, **options)
+    engine = plain_engine(parsed, connect_args={"async_creator_fn": SqliteConnection.to}, **options)
 
     @event.listens_for(engine.sync_engine, "connect")
     def set_pragmas(connection: Any, _record: Any) -> None:
         prepare_sqlite(connection, sqlite_kib)
 
     return engine
+
+
+class SqliteConnection(aiosqlite.Connection):
+    """A connection whose thread is told to stop once.
+
+    A task that is cancelled twice while it closes a connection tells it twice. The thread obeys the first, and whoever
+    waited for an answer to the second would wait for ever: the end of the event loop, in the end.
+    """
+
+    _stopped: asyncio.Future[Any] | None = None
+
+    @classmethod
+    def to(cls, *arguments: Any, **options: Any) -> SqliteConnection:
+        """A connection to be awaited; arguments are those of `sqlite3.connect`."""
+        connection = cls(lambda: sqlite3.connect(*arguments, **options), iter_chunk_size=64)
+        connection._thread.daemon = True  # as SQLAlchemy has it: no process waits for it
+        return connection
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        """See `aiosqlite`."""
+        if self._running or self._stopped is None:
+            self._stopped = super().stop()
+        return self._stopped
 
 
 def prepare_sqlite(connection: Any, kib: int = WRITER_KIB) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from shared.database import (
     SchemaError,
+    SqliteConnection,
     _alembic,
     catalogue_revision,
     check_schema,
@@ -66,3 +69,27 @@ async def test_a_database_without_the_schema_is_refused_with_the_command_that_he
 def test_other_databases_are_refused() -> None:
     with pytest.raises(SchemaError, match="mysql"):
         normalise("mysql://host/db")
+
+
+async def test_a_connection_that_is_told_to_stop_twice_ends() -> None:
+    connection = await SqliteConnection.to(":memory:")
+    busy, on_its_way = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def work() -> None:
+        loop.call_soon_threadsafe(busy.set)
+        assert on_its_way.wait(60)
+
+    working = asyncio.create_task(connection._execute(work))  # type: ignore[no-untyped-call]
+    await busy.wait()
+    closing = asyncio.create_task(connection.close())
+    await asyncio.sleep(0)  # its first step waits behind the work
+    connection.stop()
+    closing.cancel()
+    await asyncio.sleep(0)
+    on_its_way.set()
+    async with asyncio.timeout(60):
+        await working
+        await asyncio.wait({closing})
+    connection._thread.join(60)
+    assert not connection._thread.is_alive()
