@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -33,7 +34,6 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    event,
     false,
     make_url,
 )  # fmt: skip
@@ -185,30 +185,35 @@ def create_engine(url: str, *, sqlite_kib: int = WRITER_KIB, **options: Any) -> 
         return plain_engine(parsed, pool_pre_ping=True, **options)
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = plain_engine(parsed, connect_args={"async_creator_fn": SqliteConnection.to}, **options)
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def set_pragmas(connection: Any, _record: Any) -> None:
-        prepare_sqlite(connection, sqlite_kib)
-
-    return engine
+    return plain_engine(parsed, connect_args={"async_creator_fn": partial(SqliteConnection.to, sqlite_kib)}, **options)
 
 
 class SqliteConnection(aiosqlite.Connection):
-    """A connection whose thread is told to stop once.
+    """A connection that ends however it is given up.
 
-    A task that is cancelled twice while it closes a connection tells it twice. The thread obeys the first, and whoever
-    waited for an answer to the second would wait for ever: the end of the event loop, in the end.
+    A task that is cancelled twice while it closes a connection tells its thread to stop twice. The thread obeys the
+    first, and whoever waited for an answer to the second would wait for ever: the end of the event loop, in the end. A
+    connection that comes back when its engine was disposed of is forgotten, and nobody else would close it.
     """
 
     _stopped: asyncio.Future[Any] | None = None
 
     @classmethod
-    def to(cls, *arguments: Any, **options: Any) -> SqliteConnection:
-        """A connection to be awaited; arguments are those of `sqlite3.connect`."""
-        connection = cls(lambda: sqlite3.connect(*arguments, **options), iter_chunk_size=64)
+    def to(cls, kib: int, *arguments: Any, **options: Any) -> SqliteConnection:
+        """A connection to be awaited, with `kib` of pages; the other arguments are those of `sqlite3.connect`."""
+
+        def connect() -> sqlite3.Connection:
+            connection: sqlite3.Connection = sqlite3.connect(*arguments, **options)
+            prepare_sqlite(connection, kib)
+            return connection
+
+        connection = cls(connect, iter_chunk_size=64)
         connection._thread.daemon = True  # as SQLAlchemy has it: no process waits for it
         return connection
+
+    def __del__(self) -> None:
+        if self._connection is not None:
+            self.stop()
 
     def stop(self) -> asyncio.Future[Any] | None:
         """See `aiosqlite`."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +74,7 @@ def test_other_databases_are_refused() -> None:
 
 
 async def test_a_connection_that_is_told_to_stop_twice_ends() -> None:
-    connection = await SqliteConnection.to(":memory:")
+    connection = await SqliteConnection.to(100, ":memory:")
     busy, on_its_way = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -93,3 +95,18 @@ async def test_a_connection_that_is_told_to_stop_twice_ends() -> None:
         await asyncio.wait({closing})
     connection._thread.join(60)
     assert not connection._thread.is_alive()
+
+
+async def test_a_connection_that_comes_back_after_the_end_of_its_engine_is_closed(tmp_path: Path) -> None:
+    """Without a warning of the collector, which would fail this test."""
+    before = threading.active_count()
+    engine = create_engine(f"sqlite:///{tmp_path}/some.db")
+    connection = await engine.connect()
+    assert threading.active_count() == before + 1
+    await engine.dispose()
+    await connection.close()
+    del connection
+    gc.collect()
+    async with asyncio.timeout(60):
+        while threading.active_count() > before:  # noqa: ASYNC110 - a thread that ends sets no event
+            await asyncio.sleep(0.01)
