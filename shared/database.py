@@ -217,7 +217,7 @@ class SqliteConnection(aiosqlite.Connection):
 
     def stop(self) -> asyncio.Future[Any] | None:
         """See `aiosqlite`."""
-        if self._running or self._stopped is None:
+        if self._running:
             self._stopped = super().stop()
         return self._stopped
 

@@ -334,17 +334,15 @@ def test_items_in_answers_are_counted_over_all_workers(folder: Path) -> None:
         wait_ready(one)
         wait_ready(other)
 
-        def covered() -> set[str]:
-            name = "upnext_answer_coverage_ratio "
-            return {line.removeprefix(name) for client in (one, other)
-                    for line in client.get("/metrics").text.splitlines() if line.startswith(name)}  # fmt: skip
+        def covered() -> set[float]:
+            return {counted(client, "upnext_answer_coverage_ratio") for client in (one, other)}
 
         assert ids_of(one.get("/items/1/similar?n=2").json()) == ["2", "3"]
-        until(lambda: covered() == {"0.2"})
+        until(lambda: covered() == {0.2})
         assert ids_of(other.post("/recommend", json={"history": ["2"], "n": 3}).json()) == ["3", "4", "5"]
-        until(lambda: covered() == {"0.4"})
+        until(lambda: covered() == {0.4})
         write_bundle(folder / "bundles", cyclic(10), version="2000-03-02")
-        until(lambda: covered() == {"0.0"})
+        until(lambda: covered() == {0.0})
 
 
 @pytest.mark.slow
