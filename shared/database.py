@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 from urllib.parse import urlencode
 
 import aiosqlite
+from aiosqlite.core import _connection_worker_thread
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
@@ -193,7 +196,8 @@ class SqliteConnection(aiosqlite.Connection):
 
     A task that is cancelled twice while it closes a connection tells its thread to stop twice. The thread obeys the
     first, and whoever waited for an answer to the second would wait for ever: the end of the event loop, in the end. A
-    connection that comes back when its engine was disposed of is forgotten, and nobody else would close it.
+    connection that comes back when its engine was disposed of is forgotten, and nobody else would close it. And one
+    that could not be opened is told to stop without a wait, so that its event loop may be closed before it answers.
     """
 
     _stopped: asyncio.Future[Any] | None = None
@@ -208,8 +212,14 @@ class SqliteConnection(aiosqlite.Connection):
             return connection
 
         connection = cls(connect, iter_chunk_size=64)
-        connection._thread.daemon = True  # as SQLAlchemy has it: no process waits for it
+        # As SQLAlchemy has it, no process waits for the thread.
+        connection._thread = Thread(target=cls._work, args=(connection._tx,), daemon=True)
         return connection
+
+    @staticmethod
+    def _work(orders: Any) -> None:
+        with suppress(RuntimeError):  # the event loop closed first: nobody waits for this answer, nor for later ones
+            _connection_worker_thread(orders)
 
     def __del__(self) -> None:
         if self._connection is not None:

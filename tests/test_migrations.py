@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -93,6 +94,23 @@ async def test_a_connection_that_is_told_to_stop_twice_ends() -> None:
     async with asyncio.timeout(60):
         await working
         await asyncio.wait({closing})
+    connection._thread.join(60)
+    assert not connection._thread.is_alive()
+
+
+def test_a_connection_may_answer_after_the_end_of_its_event_loop() -> None:
+    """Without an exception in its thread, which would fail this test."""
+
+    async def leave_at_work() -> tuple[aiosqlite.Connection, threading.Event]:
+        connection = await SqliteConnection.to(100, ":memory:")
+        ended = threading.Event()
+        working = asyncio.create_task(connection._execute(ended.wait, 60))  # type: ignore[no-untyped-call]
+        await asyncio.sleep(0)  # its first step gives the work to the thread
+        working.cancel()
+        return connection, ended
+
+    connection, ended = asyncio.run(leave_at_work())
+    ended.set()
     connection._thread.join(60)
     assert not connection._thread.is_alive()
 
