@@ -8,6 +8,7 @@
         items.jsonl                   the catalogue, one item a line, in index order
         popularity.npz                daily counts: day, item, count
         models/sasrec/encoder.onnx    packed histories -> query vectors
+        models/sasrec/encoder.data    its large tables, if it has any: mapped, so that all workers share them
         models/sasrec/vectors.npy     (N, D) float32, row r = item index r + 1
         models/sasrec/index.hnsw      the same vectors, label = row
       models/sasrec/weights.npz     what was trained, by name, for the trainer's warm start
@@ -50,6 +51,8 @@ CURRENT: Final = "CURRENT"
 PREVIOUS: Final = "PREVIOUS"
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.npz"
+TABLES: Final = "encoder.data"
+"""What an encoder.onnx names where a table of it lies outside."""
 MODEL_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 
 
@@ -382,11 +385,17 @@ def write_model(
     vectors: Vectors,
     index: hnswlib.Index,
     weights: Mapping[str, Vectors] | None = None,
+    tables: bytes = b"",
 ) -> None:
-    """The files of one model; `index` holds the rows of `vectors` under their numbers, `weights` are by name."""
+    """The files of one model; `index` holds the rows of `vectors` under their numbers, `weights` are by name.
+
+    `tables` is what the network has outside of `onnx`.
+    """
     target = folder / "models" / name
     target.mkdir(parents=True)
     (target / "encoder.onnx").write_bytes(onnx)
+    if tables:
+        (target / TABLES).write_bytes(tables)
     np.save(target / "vectors.npy", np.ascontiguousarray(vectors, np.float32))
     index.save_index(str(target / "index.hnsw"))
     if weights is not None:

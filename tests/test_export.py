@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,12 +12,13 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from shared.bundle import TABLES
 from shared.encoder import Encoder as OnnxEncoder
 from shared.sequences import mask_index, pack
 from tests.trained import ITEMS, KINDS, Kind, World, config, world
 from trainer import export as module
 from trainer.config import load_config
-from trainer.export import TOLERANCE, ExportError, export, prove, to_onnx, top_changes
+from trainer.export import TOLERANCE, ExportError, apart, export, prove, to_onnx, top_changes
 from trainer.transformer import Encoder
 
 T = 16
@@ -113,6 +115,27 @@ def test_the_shortest_model_exports() -> None:
 def test_weights_lie_inside_the_file() -> None:
     model = onnx.load_from_string(to_onnx(world("sasrec").fitted.encoder))
     assert all(w.data_location != onnx.TensorProto.EXTERNAL for w in model.graph.initializer)
+
+
+def test_large_tables_lie_apart_and_are_mapped(tmp_path: Path) -> None:
+    found = world("sasrec").exported
+    network, tables = apart(found.onnx, large=1000)
+    assert len(network) < len(found.onnx) - 1000
+    outside = [w for w in onnx.load_from_string(network).graph.initializer if w.data_location == w.EXTERNAL]
+    assert len(outside) > 1
+    (tmp_path / "encoder.onnx").write_bytes(network)
+    (tmp_path / TABLES).write_bytes(tables)
+    mapped = OnnxEncoder(tmp_path / "encoder.onnx", found.spec)
+    assert str(tmp_path / TABLES) in Path("/proc/self/maps").read_text()
+    histories = [np.arange(1, length + 1) for length in (1, 5, T + 3)]
+    np.testing.assert_array_equal(mapped.encode(histories), served("sasrec").encode(histories))
+
+
+def test_a_network_without_large_tables_is_one_file() -> None:
+    found = world("sasrec").exported
+    network, tables = apart(found.onnx)
+    assert tables == b""
+    assert onnx.load_from_string(network) == onnx.load_from_string(found.onnx)
 
 
 def test_top_changes_counts_places_beyond_swaps_of_equal_scores() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.bundle import Bundle, BundleError, current_version, read_manifest
+from shared.bundle import TABLES, Bundle, BundleError, current_version, read_manifest
 from shared.retrieval import links
 from tests.trained import ITEMS, World, unchanged, world
 from trainer import publish as module
 from trainer.config import IndexConfig
+from trainer.export import apart
 from trainer.pipeline import rivals
 from trainer.publish import Candidate, PublishRefusedError, check_gate, index_of, publish, self_recall
 
@@ -46,6 +48,21 @@ def test_what_is_published_is_live_and_loads(tmp_path: Path, circle: World) -> N
     bundle = Bundle.load(target)
     np.testing.assert_array_equal(bundle.models["sasrec"].retriever.vectors, circle.exported.vectors)
     assert bundle.catalogue.items == circle.dataset.catalogue.items
+
+
+def test_tables_that_lie_outside_of_the_network_are_part_of_the_bundle(
+    tmp_path: Path, circle: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Bundle.load(put(tmp_path, circle, 0.9)).models["sasrec"].encoder
+    monkeypatch.setattr(module, "apart", partial(apart, large=1000))
+    target = put(tmp_path, circle, 0.9)
+    histories = [np.arange(1, 6)]
+    parted = Bundle.load(target).models["sasrec"].encoder
+    np.testing.assert_array_equal(parted.encode(histories), whole.encode(histories))
+    with (target / "models/sasrec" / TABLES).open("r+b") as tables:
+        tables.write(b"x")
+    with pytest.raises(BundleError, match=TABLES):
+        Bundle.load(target)
 
 
 def test_the_manifest_says_where_everything_comes_from(tmp_path: Path, circle: World) -> None:

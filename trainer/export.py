@@ -17,9 +17,10 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx.external_data_helper import set_external_data
 from torch import Tensor, nn
 
-from shared.bundle import Parity
+from shared.bundle import TABLES, Parity
 from shared.encoder import Encoder as OnnxEncoder
 from shared.encoder import EncoderSpec, Vectors
 from shared.sequences import mask_index, pack
@@ -144,6 +145,29 @@ def _onnx_of(network: nn.Module, names: list[str], output: str, shapes: Any, **e
     model: onnx.ModelProto = program.model_proto
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+LARGE: Final = 1 << 20
+"""Bytes from which a table of numbers lies outside of the network's file."""
+PAGE: Final = 4096
+
+
+def apart(model: bytes, large: int = LARGE) -> tuple[bytes, bytes]:
+    """The network without its large tables, for a folder with `TABLES`, and these, each from a page of its own on.
+
+    onnxruntime copies what is inside, in every worker anew, and maps what is outside. And no ONNX file may have 2 GB.
+    """
+    network = onnx.load_from_string(model)
+    tables = bytearray()
+    for table in network.graph.initializer:
+        if len(table.raw_data) < large:
+            continue
+        tables.extend(bytes(-len(tables) % PAGE))
+        numbers = table.raw_data
+        set_external_data(table, TABLES, offset=len(tables), length=len(numbers))
+        table.ClearField("raw_data")
+        tables.extend(numbers)
+    return bytes(network.SerializeToString()), bytes(tables)
 
 
 def prove(encoder: Encoder, exported: OnnxEncoder, vectors: Vectors, seed: int = 0) -> Parity:

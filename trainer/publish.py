@@ -34,7 +34,7 @@ from trainer.config import Fit, IndexConfig, RunConfig
 from trainer.dataset import Cases, Dataset, Split
 from trainer.errors import TrainerError
 from trainer.evaluate import TOP, Served, encode_cases, index_recall, served_lists
-from trainer.export import Exported
+from trainer.export import Exported, apart
 
 GATE_METRIC: Final = "ndcg@10"
 RECALL_QUERIES: Final = 2_000
@@ -70,7 +70,8 @@ def write_bundle(
     for name, candidate in candidates.items():
         index = candidate.index or index_of(candidate.exported, candidate.config.index)
         exported = candidate.exported
-        write_model(folder, name, exported.onnx, exported.vectors, index, exported.weights)
+        network, tables = apart(exported.onnx)
+        write_model(folder, name, network, exported.vectors, index, exported.weights, tables)
         if exported.tower is not None:
             exported.tower.save(folder / "models" / name)
     manifest = Manifest(

@@ -22,7 +22,7 @@ from shared.popularity import Popularity
 from shared.retrieval import build_index, links
 from shared.times import DAY, of_year, render
 from trainer.config import load_config
-from trainer.export import export
+from trainer.export import apart, export
 from trainer.transformer import Encoder
 
 SHARES: Final = {"half": 2, "tenth": 10, "hundredth": 100, "thousandth": 1000}
@@ -74,7 +74,9 @@ def random_bundle(
     popularity = Popularity.of_events(counted, SINCE + rng.integers(0, 100, len(counted)) * DAY, items)
     with bundles.staged(folder) as staging:
         bundles.write_data(staging, catalogue, popularity)
-        bundles.write_model(staging, "sasrec", exported.onnx, exported.vectors, build_index(exported.vectors))
+        onnx, tables = apart(exported.onnx)
+        index = build_index(exported.vectors)
+        bundles.write_model(staging, "sasrec", onnx, exported.vectors, index, tables=tables)
         manifest = Manifest(
             schema_version=bundles.SCHEMA_VERSION,
             version=version,
