@@ -38,7 +38,7 @@ from shared.catalogue import Availability, Item, ItemChange, NewItems
 from shared.categories import Categories
 from shared.database import SchemaError, check_schema
 from shared.encoder import CHUNK
-from shared.events import HistoryPolicy, IntArray, ItemId, ItemIndex, KeyArray
+from shared.events import HistoryPolicy, IntArray, ItemId, ItemIndex, KeyArray, item_keys
 from shared.retrieval import Scope
 from shared.times import SECOND, now, parse, render_bound
 
@@ -94,7 +94,11 @@ class Serving:
 
     def indices_of(self, item_ids: Iterable[ItemId]) -> IntArray:
         """Item indices of the ids that are known, in the order given; others are left out."""
-        return np.array([index for i in item_ids if (index := self.index(i))], np.int64)
+        ids = list(item_ids)
+        found = self.bundle.catalogue.indices_of_keys(item_keys(ids))
+        for at in np.flatnonzero(found == 0).tolist() if self.new else ():
+            found[at] = self.new.index_by_id.get(ids[at], 0)
+        return found[found > 0]
 
     def indices_of_keys(self, keys: KeyArray) -> IntArray:
         """Item indices of the keys that are known; new items behind."""
@@ -227,9 +231,12 @@ class Live:
 
     def page(self, after: ItemId, count: int) -> list[ItemId]:
         """The first `count` ids of the bundle and the live catalogue behind `after`, sorted."""
-        published = self.serving.bundle.catalogue.ids_in_order if self.serving else []
-        first = bisect_right(published, after)
-        here = published[first : first + count]
+        here: list[ItemId] = []
+        if self.serving is not None:
+            catalogue = self.serving.bundle.catalogue
+            ids, rows = catalogue.items.ids, catalogue.rows_by_id
+            first = bisect_right(rows, after, key=ids.__getitem__)
+            here = [ids[row] for row in rows[first : first + count].tolist()]
         return sorted({*here, *nsmallest(count, (i for i in self._changes if i > after))})[:count]
 
     async def follow_catalogue(self) -> None:
@@ -334,9 +341,9 @@ def _load(path: Path, settings: Settings, changes: Mapping[ItemId, ItemChange]) 
 
 
 def _warm(serving: Serving) -> None:
-    """Run every model once at every length, so that no request pays for first-time allocations."""
+    """Run every model once at every length, so that no request pays for what is made once."""
     bundle = serving.bundle
-    bundle.catalogue.indices_of_keys(bundle.catalogue.keys[:1])
+    bundle.catalogue.rows_by_id  # noqa: B018 - kept from here on
     bundle.popularity.fallback(now())
     scope = Scope(serving.availability, now(), np.zeros(0, np.int64))
     for model in bundle.models.values():

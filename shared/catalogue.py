@@ -8,13 +8,17 @@ intervals, withdrawn items, and every change made since the bundle was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import eq
+from typing import overload
 
 import numpy as np
 
-from shared.events import BoolArray, IntArray, ItemId, ItemIndex, KeyArray, item_keys
+from shared.columns import Texts, TextWriter
+from shared.events import BoolArray, IntArray, ItemId, ItemIndex, KeyArray, item_key, item_keys
 from shared.times import BEGINNING, END
 
 
@@ -59,7 +63,101 @@ class ItemChange:
         )
 
 
-@dataclass(frozen=True)
+class Items(Sequence[Item]):
+    """Items in columns, each put together when it is asked for. Immutable.
+
+    A million take some 80 MB; as objects, which they were once, they took 700.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        ids, titles, titled = TextWriter(), TextWriter(), bytearray()
+        sets: dict[tuple[str, ...], int] = {}
+        names: dict[str, str] = {}
+        chosen, starts, ends, withdrawn = array("i"), array("q"), array("q"), bytearray()
+        for item in items:
+            ids.add(item.item_id)
+            titles.add(item.title or "")
+            titled.append(item.title is not None)
+            if item.categories not in sets:
+                sets[tuple(names.setdefault(name, name) for name in item.categories)] = len(sets)
+            chosen.append(sets[item.categories])
+            starts.append(item.available_from)
+            ends.append(item.available_until)
+            withdrawn.append(item.withdrawn)
+        self.ids = ids.written()
+        self.titles = titles.written()  # "" where there is none
+        self.titled: BoolArray = np.array(titled, bool)  # (N,) whether there is one
+        self.category_sets = tuple(sets)  # each that an item has, once
+        self.category_set = np.array(chosen, np.int32)  # (N,) which of them
+        self.available_from: IntArray = np.array(starts, np.int64)  # (N,)
+        self.available_until: IntArray = np.array(ends, np.int64)  # (N,)
+        self.withdrawn: BoolArray = np.array(withdrawn, bool)  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, row: int) -> Item: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Item]: ...
+    def __getitem__(self, row: int | slice) -> Item | list[Item]:
+        if isinstance(row, slice):
+            return [self[r] for r in range(len(self))[row]]
+        return Item(
+            self.ids[row],
+            self.titles[row] if self.titled[row] else None,
+            self.category_sets[self.category_set[row]],
+            int(self.available_from[row]),
+            int(self.available_until[row]),
+            bool(self.withdrawn[row]),
+        )
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[row] for row in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Numbering(Mapping[ItemId, ItemIndex]):
+    """The item index of each id, found by the id's key. Immutable. Raises CatalogueError for two ids of one key."""
+
+    def __init__(self, ids: Texts) -> None:
+        keys = item_keys(ids)
+        order = np.argsort(keys)
+        self._ids = ids
+        self._known = keys[order]  # (N,) sorted
+        self._rows = order  # (N,)
+        twice = np.flatnonzero(self._known[1:] == self._known[:-1])
+        if len(twice) and any(ids[order[r]] == ids[order[r + 1]] for r in twice.tolist()):
+            raise CatalogueError("the same item id stands twice in the catalogue")
+        if len(twice):
+            raise CatalogueError("two item ids of this catalogue have the same 64-bit key; rename one of them")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[ItemId]:
+        return iter(self._ids)
+
+    def __getitem__(self, item_id: ItemId) -> ItemIndex:
+        key = np.uint64(item_key(item_id))
+        at = int(self._known.searchsorted(key))
+        if at == len(self._known) or self._known[at] != key or self._ids[row := int(self._rows[at])] != item_id:
+            raise KeyError(item_id)
+        return row + 1
+
+    def of_keys(self, keys: KeyArray) -> IntArray:
+        """Item index of each key, (E,); 0 where there is no such item."""
+        if not len(self._known):
+            return np.zeros(len(keys), np.int64)
+        at = np.minimum(np.searchsorted(self._known, keys), len(self._known) - 1)
+        return np.where(self._known[at] == keys, self._rows[at] + 1, 0)
+
+
+@dataclass(frozen=True, eq=False)
 class Catalogue:
     """The items of one bundle in index order: position r holds item index r + 1.
 
@@ -68,8 +166,8 @@ class Catalogue:
     prefix at 1999  [1, 2]
     """
 
-    items: tuple[Item, ...]
-    index_by_id: dict[ItemId, ItemIndex] = field(repr=False)
+    items: Items
+    index_by_id: Numbering = field(repr=False)
 
     @classmethod
     def number(cls, items: Iterable[Item]) -> Catalogue:
@@ -77,16 +175,12 @@ class Catalogue:
         return cls.in_order(sorted(items, key=lambda i: (i.available_from, i.item_id)))
 
     @classmethod
-    def in_order(cls, items: Sequence[Item]) -> Catalogue:
+    def in_order(cls, items: Iterable[Item]) -> Catalogue:
         """A catalogue of items that are already in index order, as a bundle stores them."""
-        index_by_id = {item.item_id: r for r, item in enumerate(items, start=1)}
-        if len(index_by_id) != len(items):
-            raise CatalogueError("the same item id stands twice in the catalogue")
-        catalogue = cls(tuple(items), index_by_id)
-        if np.any(np.diff(catalogue.available_from) < 0):
+        columns = Items(items)
+        catalogue = cls(columns, Numbering(columns.ids))
+        if np.any(columns.available_from[1:] < columns.available_from[:-1]):
             raise CatalogueError("items are not in the order of available_from")
-        if len(np.unique(catalogue.keys)) != len(items):
-            raise CatalogueError("two item ids of this catalogue have the same 64-bit key; rename one of them")
         return catalogue
 
     def __len__(self) -> int:
@@ -95,38 +189,24 @@ class Catalogue:
     def __getitem__(self, index: ItemIndex) -> Item:
         return self.items[index - 1]
 
-    @cached_property
+    @property
     def available_from(self) -> IntArray:
         """(N,) epoch microseconds, non-decreasing."""
-        return np.fromiter((i.available_from for i in self.items), np.int64, len(self.items))
-
-    @cached_property
-    def keys(self) -> KeyArray:
-        """(N,) `item_key` of each item."""
-        return item_keys([i.item_id for i in self.items])
-
-    @cached_property
-    def _sorted_keys(self) -> tuple[KeyArray, IntArray]:
-        order = np.argsort(self.keys)
-        return self.keys[order], order.astype(np.int64) + 1
+        return self.items.available_from
 
     def indices_of(self, item_ids: Iterable[ItemId]) -> IntArray:
-        """Item indices of the ids this bundle knows, in the order given; others are left out."""
-        found = (self.index_by_id.get(i, 0) for i in item_ids)
-        return np.array([i for i in found if i], np.int64)
+        """Item indices of the ids whose keys this bundle knows, in the order given; others are left out."""
+        found = self.indices_of_keys(item_keys(list(item_ids)))
+        return found[found > 0]
 
     def indices_of_keys(self, keys: KeyArray) -> IntArray:
         """Item index of each key, (E,); 0 where this bundle does not know the item."""
-        known, indices = self._sorted_keys
-        if not len(known):
-            return np.zeros(len(keys), np.int64)
-        at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-        return np.where(known[at] == keys, indices[at], 0)
+        return self.index_by_id.of_keys(keys)
 
     @cached_property
-    def ids_in_order(self) -> list[ItemId]:
-        """The item ids, sorted: for pages of a listing."""
-        return sorted(self.index_by_id)
+    def rows_by_id(self) -> IntArray:
+        """(N,) rows in the order of their ids: for pages of a listing."""
+        return np.array(sorted(range(len(self)), key=self.items.ids.__getitem__), np.int64)
 
 
 @dataclass(frozen=True)
@@ -177,12 +257,11 @@ class Availability:
     @classmethod
     def of(cls, catalogue: Catalogue) -> Availability:
         """As the bundle has it, without live changes."""
-        n = len(catalogue)
-        until, withdrawn = np.full(n + 1, BEGINNING, np.int64), np.zeros(n + 1, bool)
-        until[1:] = [i.available_until for i in catalogue.items]
-        withdrawn[1:] = [i.withdrawn for i in catalogue.items]
-        starts = np.concatenate(([END], catalogue.available_from))
-        return cls._with(catalogue.available_from, starts, until, withdrawn)
+        items = catalogue.items
+        starts = np.concatenate(([END], items.available_from))
+        until = np.concatenate(([BEGINNING], items.available_until))
+        withdrawn = np.concatenate(([False], items.withdrawn))
+        return cls._with(items.available_from, starts, until, withdrawn)
 
     @classmethod
     def open(cls, item_count: int) -> Availability:

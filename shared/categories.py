@@ -58,11 +58,17 @@ class Categories:
     @classmethod
     def of(cls, catalogue: Catalogue) -> Categories:
         """As the bundle has it, without live changes."""
-        found: dict[str, list[int]] = defaultdict(list)
-        for index, item in enumerate(catalogue.items, start=1):
-            for category in set(item.categories):
-                found[category].append(index)
-        return cls({category: np.array(indices, np.int64) for category, indices in found.items()}, {}, catalogue)
+        numbers: dict[str, int] = {}
+        sets = [[numbers.setdefault(c, len(numbers)) for c in dict.fromkeys(s)] for s in catalogue.items.category_sets]
+        sizes, of_sets = np.array([len(s) for s in sets], np.int64), np.array([c for s in sets for c in s], np.int64)
+        which = catalogue.items.category_set
+        counts = sizes[which]  # (N,)
+        index = np.repeat(np.arange(1, len(which) + 1), counts)  # each item as often as it has categories
+        first = (np.cumsum(sizes) - sizes)[which] - (np.cumsum(counts) - counts)
+        category = of_sets[np.repeat(first, counts) + np.arange(len(index))]
+        grouped = index[np.argsort(category, kind="stable")]
+        members = np.split(grouped, np.cumsum(np.bincount(category, minlength=len(numbers))))
+        return cls(dict(zip(numbers, members, strict=False)), {}, catalogue)
 
     def __getitem__(self, index: ItemIndex) -> tuple[str, ...]:
         """The categories of an item."""

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared import catalogue as module
-from shared.catalogue import Availability, Catalogue, CatalogueError, Item, ItemChange, NewItems
-from shared.events import item_keys
+from shared.catalogue import Availability, Catalogue, CatalogueError, Item, ItemChange, Items, NewItems
+from shared.events import item_key, item_keys
 from shared.times import BEGINNING, END
 
 
@@ -28,6 +28,44 @@ def test_items_are_numbered_by_their_start_then_by_id() -> None:
     assert ids(catalogue) == ["z", "10", "9", "b"]
     assert catalogue.index_by_id == {"z": 1, "10": 2, "9": 3, "b": 4}
     assert catalogue[4].item_id == "b"
+
+
+SOME = st.builds(
+    Item,
+    item_id=st.text(min_size=1, max_size=5),
+    title=st.none() | st.text(st.characters(), max_size=5),  # lone surrogates too: JSON may hold them
+    categories=st.lists(st.sampled_from(["g:a", "g:b", "h:ü", "odd"]), max_size=3).map(tuple),
+    available_from=st.sampled_from([BEGINNING, -1, 0, 7, END]),
+    available_until=st.sampled_from([BEGINNING, 7, END]),
+    withdrawn=st.booleans(),
+)
+
+
+@given(st.lists(SOME, max_size=6), st.slices(6))
+def test_items_come_back_out_of_their_columns(given_items: list[Item], part: slice) -> None:
+    items = Items(given_items)
+    assert list(items) == given_items
+    assert items == given_items
+    assert items != [*given_items, Item("more")]
+    assert items[part] == given_items[part]
+    assert [items[-n] for n in range(1, len(items) + 1)] == given_items[::-1]
+    with pytest.raises(IndexError):
+        items[len(items)]
+
+
+@given(st.lists(SOME, max_size=6, unique_by=lambda item: item.item_id), st.text(max_size=5))
+def test_ids_are_found_and_no_other(given_items: list[Item], other: str) -> None:
+    catalogue = Catalogue.number(given_items)
+    assert dict(catalogue.index_by_id) == {item.item_id: n for n, item in enumerate(catalogue.items, start=1)}
+    assert (other in catalogue.index_by_id) == (other in {item.item_id for item in given_items})
+    assert [catalogue.items.ids[row] for row in catalogue.rows_by_id] == sorted(i.item_id for i in given_items)
+
+
+def test_an_id_whose_key_is_another_ones_is_not_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = Catalogue.number([Item("a"), Item("b")])
+    monkeypatch.setattr(module, "item_key", lambda _: item_key("a"))
+    assert catalogue.index_by_id["a"] == 1
+    assert "c" not in catalogue.index_by_id
 
 
 def test_an_id_given_twice_is_refused() -> None:

@@ -89,6 +89,15 @@ def test_how_many_categories_are_shared() -> None:
     assert Categories.of(CATALOGUE).sharing(3, 5).tolist() == [0, 1, 2, 3, 0]
 
 
+@given(st.lists(st.lists(st.sampled_from(["g:a", "g:b", "h:a", "h:b"]), max_size=5), max_size=8))
+def test_members_are_those_that_say_so(named: list[list[str]]) -> None:
+    """Also where an item names a category twice."""
+    catalogue = Catalogue.number([Item(str(n), None, tuple(of_item)) for n, of_item in enumerate(named)])
+    members = Categories.of(catalogue).members
+    truth = {c: [n for n, item in enumerate(catalogue.items, 1) if c in item.categories] for of in named for c in of}
+    assert {category: found.tolist() for category, found in members.items()} == truth
+
+
 @given(
     st.lists(
         st.lists(
