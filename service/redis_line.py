@@ -26,6 +26,8 @@ from redis.exceptions import MovedError, NoScriptError, ReadOnlyError, RedisErro
 
 log = logging.getLogger(__name__)
 
+CONNECT: Final = 0.25
+"""Seconds that a new connection may take, at least."""
 PAUSE: Final = 0.25
 """Seconds without a try after Redis failed: a dead Redis must not cost each request its timeout."""
 GREETING_SECONDS: Final = 1.0
@@ -124,13 +126,14 @@ class Greeting:
 def create_redis(url: str, greeting: Greeting, *, timeout: float) -> Redis:
     """A client for `RedisLine`: `redis://`, `rediss://` or `unix://`. Connects on first use.
 
-    It gives up after `timeout` seconds without an answer and 250 ms without a connection, and retries nothing by
-    itself: a command made for one server must not reach another. Raises ValueError for another kind of URL.
+    It gives up after `timeout` seconds without an answer and 250 ms without a connection (`timeout` where that is
+    longer), and retries nothing by itself: a command made for one server must not reach another. Raises ValueError for
+    another kind of URL.
     """
     return Redis.from_url(
         url,
         socket_timeout=timeout,
-        socket_connect_timeout=0.25,
+        socket_connect_timeout=max(CONNECT, timeout),
         retry=Retry(NoBackoff(), 0),
         protocol=2,
         driver_info=None,
