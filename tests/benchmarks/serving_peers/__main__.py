@@ -56,6 +56,7 @@ class Peer:
     module: str | None  # None: Upnext, which runs already
     excludes_seen: bool
     request: str = load.GET
+    tuned: bool = True  # or with what the library chooses by itself
 
 
 UPNEXT: Final = Peer("Upnext", None, excludes_seen=True)
@@ -66,7 +67,8 @@ PEERS: Final = (
     Peer("prototype, each request alone", "prototype", excludes_seen=False),
     Peer("prototype, coalesced", "coalesced", excludes_seen=False),
     Peer("same duties, by hand", "handwritten", excludes_seen=True),
-    Peer("LitServe", "lit", excludes_seen=False, request=POST),
+    Peer("LitServe, tuned", "lit", excludes_seen=False, request=POST),
+    Peer("LitServe, queue and servers of its own choice", "lit", excludes_seen=False, request=POST, tuned=False),
 )
 
 
@@ -120,7 +122,8 @@ def start(peer: Peer, upnext: Stack, bundle: Path, asked: argparse.Namespace, cl
     metrics = closing.enter_context(tempfile.TemporaryDirectory(prefix="upnext-bench-"))
     environment = os.environ | {
         "PEER_BUNDLE": str(bundle), "PEER_REDIS_SOCKET": str(upnext.redis.socket), "PEER_PORT": str(port),
-        "PEER_WORKERS": str(asked.workers), "PROMETHEUS_MULTIPROC_DIR": metrics, "PYTHONPATH": str(ROOT),
+        "PEER_WORKERS": str(asked.workers), "PEER_TUNED": str(int(peer.tuned)),
+        "PROMETHEUS_MULTIPROC_DIR": metrics, "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
     if peer.module == "lit":

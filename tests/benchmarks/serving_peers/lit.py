@@ -42,11 +42,12 @@ class Recommender(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    workers = int(os.environ["PEER_WORKERS"])
+    workers, tuned = int(os.environ["PEER_WORKERS"]), os.environ["PEER_TUNED"] == "1"
     # The best of several sizes, times to wait, queues, and numbers of HTTP servers that were tried.
     api = Recommender(max_batch_size=8, batch_timeout=0.001)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=workers, fast_queue=True)
+    options: dict[str, Any] = {"num_api_servers": workers, "access_log": False, "loop": "uvloop", "http": "httptools"}
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=workers, fast_queue=tuned)
     server.run(
-        host="127.0.0.1", port=int(os.environ["PEER_PORT"]), num_api_servers=workers, log_level="error",
-        generate_client_file=False, access_log=False, loop="uvloop", http="httptools",
+        host="127.0.0.1", port=int(os.environ["PEER_PORT"]), log_level="error", generate_client_file=False,
+        **(options if tuned else {}),
     )  # fmt: skip
