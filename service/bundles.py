@@ -95,6 +95,8 @@ class Serving:
     def indices_of(self, item_ids: Iterable[ItemId]) -> IntArray:
         """Item indices of the ids that are known, in the order given; others are left out."""
         ids = list(item_ids)
+        if not ids:
+            return np.zeros(0, np.int64)  # most requests name none
         found = self.bundle.catalogue.indices_of_keys(item_keys(ids))
         for at in np.flatnonzero(found == 0).tolist() if self.new else ():
             found[at] = self.new.index_by_id.get(ids[at], 0)

@@ -194,11 +194,6 @@ class Catalogue:
         """(N,) epoch microseconds, non-decreasing."""
         return self.items.available_from
 
-    def indices_of(self, item_ids: Iterable[ItemId]) -> IntArray:
-        """Item indices of the ids whose keys this bundle knows, in the order given; others are left out."""
-        found = self.indices_of_keys(item_keys(list(item_ids)))
-        return found[found > 0]
-
     def indices_of_keys(self, keys: KeyArray) -> IntArray:
         """Item index of each key, (E,); 0 where this bundle does not know the item."""
         return self.index_by_id.of_keys(keys)

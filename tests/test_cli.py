@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from shared.bundle import Bundle, current_version
+from shared.events import item_keys
 from shared.times import DAY, render
 from shared.tower import ItemTower
 from tests.trained import START, Row, contents, cyclic_events, unchanged
@@ -443,7 +444,7 @@ def test_resume_on_other_data_starts_anew(tmp_path: Path) -> None:
     trainer("run", here.preset, *here.runs, *here.bundles, "--resume")
     bundle = here.live()
     model = bundle.models["circle"]
-    (query,) = model.encoder.encode([bundle.catalogue.indices_of(["8", "7"])])
+    (query,) = model.encoder.encode([bundle.catalogue.indices_of_keys(item_keys(["8", "7"]))])
     scores = model.retriever.vectors @ query
     assert bundle.catalogue[int(scores.argmax()) + 1].item_id == "6", "the new data run the other way"
 
