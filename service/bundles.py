@@ -67,14 +67,19 @@ class Serving:
 
     def apply(self, changes: Iterable[ItemChange]) -> None:
         """Put item changes in force, for every request from here on."""
-        changes = [change for change in changes if self.obeys(change)]
-        self.new = self.new.with_ids(c.item_id for c in changes if c.item_id not in self.bundle.catalogue.index_by_id)
+        changes = list(changes)
+        published = self.bundle.catalogue.index_by_id.of_ids([change.item_id for change in changes])
+        known = {change.item_id: index for change, index in zip(changes, published, strict=True) if index}
+        changes = [change for change in changes if not change.gives_way(published=change.item_id in known)]
+        self.new = self.new.with_ids(change.item_id for change in changes if change.item_id not in known)
         for change in changes:
             self._titles.pop(change.item_id, None)
             if change.title is not None:
                 self._titles[change.item_id] = change.title
         if changes:
-            changed = [(index, c.on(self._as_published(index))) for c in changes if (index := self.index(c.item_id))]
+            indices = [known.get(change.item_id) or self.new.index_by_id[change.item_id] for change in changes]
+            before = [_as_published(self.bundle, self.new, index) for index in indices]
+            changed = [(i, change.on(item)) for i, change, item in zip(indices, changes, before, strict=True)]
             self.availability = self.availability.holding(changed)
             self.categories = self.categories.holding(changed)
         # Filters repeat, and each one is asked twice a request: by retrieval and by the final gate.
@@ -109,11 +114,8 @@ class Serving:
         return np.concatenate((found, self.new.indices_of_keys(keys))) if self.new else found
 
     def obeys(self, change: ItemChange) -> bool:
-        """Whether a change counts beside this bundle: a loaded row gives way to what the bundle knows of the item."""
-        return not change.loaded or change.item_id not in self.bundle.catalogue.index_by_id
-
-    def _as_published(self, index: ItemIndex) -> Item:
-        return _as_published(self.bundle, self.new, index)
+        """Whether a change counts beside this bundle."""
+        return not change.gives_way(published=change.item_id in self.bundle.catalogue.index_by_id)
 
     def _newcomers(self) -> IntArray:
         """Indices of the new items in the order (available_from, item id), in which the next bundle will number them.
@@ -216,7 +218,9 @@ class Live:
 
     def knows(self, item_id: ItemId) -> bool:
         """Whether the live bundle or the live catalogue has the item."""
-        return item_id in self._changes or self.published(item_id) is not None
+        if item_id in self._changes:
+            return True
+        return self.serving is not None and item_id in self.serving.bundle.catalogue.index_by_id
 
     def apply(self, changes: Iterable[ItemChange]) -> None:
         """Put changes in force here; those that are in force already, or older, are passed over."""
@@ -232,7 +236,10 @@ class Live:
         return self._changes.get(item_id)
 
     def page(self, after: ItemId, count: int) -> list[ItemId]:
-        """The first `count` ids of the bundle and the live catalogue behind `after`, sorted."""
+        """The first `count` ids of the bundle and the live catalogue behind `after`, sorted.
+
+        The first page of a bundle sorts its ids.
+        """
         here: list[ItemId] = []
         if self.serving is not None:
             catalogue = self.serving.bundle.catalogue
@@ -343,9 +350,8 @@ def _load(path: Path, settings: Settings, changes: Mapping[ItemId, ItemChange]) 
 
 
 def _warm(serving: Serving) -> None:
-    """Run every model once at every length, so that no request pays for what is made once."""
+    """Run every model once at every length, so that no request pays for first-time allocations."""
     bundle = serving.bundle
-    bundle.catalogue.rows_by_id  # noqa: B018 - kept from here on
     bundle.popularity.fallback(now())
     scope = Scope(serving.availability, now(), np.zeros(0, np.int64))
     for model in bundle.models.values():

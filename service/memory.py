@@ -24,8 +24,8 @@ _LIBC: Final = ctypes.CDLL(None)
 def uncollected() -> Iterator[None]:
     """Keep the collector of garbage away from what is made here, now and later.
 
-    It would look through all items again and again, each time holding up every request: 0.1 s for the application
-    alone, and longer with every item. None of them is in a cycle, so they go when the bundle goes.
+    It would look through everything again and again, each time holding up every request: 0.1 s for the application
+    alone. Nothing of a bundle is in a cycle, so it goes when the bundle goes.
 
     What other threads make meanwhile is not kept from it: garbage that is frozen with the rest would stay for good. So
     there is a collection before, when there is little to look through, and while the block runs young objects alone

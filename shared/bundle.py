@@ -180,7 +180,7 @@ class Bundle:
         """Verify and load. Raises BundleError with the reason, whatever is wrong with the files."""
         manifest = verify(path)
         try:
-            catalogue = Catalogue.in_order(list(_read_items(path / "items.jsonl")))
+            catalogue = Catalogue.in_order(_read_items(path / "items.jsonl"))
             popularity = _load_popularity(path, len(catalogue))
             models = {name: _load_model(path, name, info, catalogue, mode) for name, info in manifest.models.items()}
         except BundleError:
@@ -231,6 +231,8 @@ def verify(path: Path) -> Manifest:
     needed = {"items.jsonl", "popularity.npz"} | {
         f"models/{model}/{file}" for model in manifest.models for file in ("encoder.onnx", "vectors.npy", "index.hnsw")
     }
+    # Tables that are there are read, listed or not.
+    needed |= {name for m in manifest.models if (path / (name := f"models/{m}/{TABLES}")).exists()}
     if missing := sorted(needed - manifest.files.keys()):
         raise BundleError(f"{path}: the manifest does not list {', '.join(missing)}")
     if manifest.default_model not in manifest.models:

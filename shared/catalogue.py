@@ -49,7 +49,11 @@ class ItemChange:
     available_until: int | None
     withdrawn: bool
     revision: int
-    loaded: bool = False  # from a file: what a bundle that knows the item says is newer and derived from more
+    loaded: bool = False  # from a file
+
+    def gives_way(self, *, published: bool) -> bool:
+        """Whether what a bundle says of the item counts instead: it is newer than a file, and derived from more."""
+        return self.loaded and published
 
     def on(self, item: Item) -> Item:
         """`item` with the fields that this change sets."""
@@ -148,6 +152,11 @@ class Numbering(Mapping[ItemId, ItemIndex]):
         if at == len(self._known) or self._known[at] != key or self._ids[row := int(self._rows[at])] != item_id:
             raise KeyError(item_id)
         return row + 1
+
+    def of_ids(self, item_ids: Sequence[ItemId]) -> list[ItemIndex]:
+        """Item index of each id, 0 where there is no such item: for many at once."""
+        found = zip(self.of_keys(item_keys(item_ids)).tolist(), item_ids, strict=True)
+        return [index if index and self._ids[index - 1] == item_id else 0 for index, item_id in found]
 
     def of_keys(self, keys: KeyArray) -> IntArray:
         """Item index of each key, (E,); 0 where there is no such item."""

@@ -74,7 +74,8 @@ class Categories:
         """The categories of an item."""
         if index in self.live:
             return self.live[index]
-        return self.catalogue[index].categories if index <= len(self.catalogue) else ()
+        items = self.catalogue.items
+        return items.category_sets[items.category_set[index - 1]] if index <= len(items) else ()
 
     @cached_property
     def fields(self) -> list[str]:
@@ -86,9 +87,10 @@ class Categories:
         newest = {index: item.categories for index, item in items}
         gone, come = defaultdict(list), defaultdict(list)
         for index, categories in newest.items():
-            for category in set(self[index]) - set(categories):
+            before, after = set(self[index]), set(categories)
+            for category in before - after:
                 gone[category].append(index)
-            for category in set(categories) - set(self[index]):
+            for category in after - before:
                 come[category].append(index)
         members = dict(self.members)
         for category in gone.keys() | come.keys():

@@ -19,6 +19,7 @@ from shared.bundle import (
     CURRENT,
     MANIFEST,
     PREVIOUS,
+    TABLES,
     Bundle,
     BundleError,
     current_version,
@@ -82,6 +83,15 @@ def test_bounds_titles_and_categories_survive(tmp_path: Path) -> None:
     world = worlds.World((Item("plain"), odd), (("plain", 0),))
     found = Bundle.load(worlds.write_bundle(tmp_path, world)).catalogue.items
     assert found == (Item("plain"), odd)
+
+
+def test_tables_may_lie_in_a_file_of_their_own(written: Path) -> None:
+    def asked() -> Any:
+        return Bundle.load(written).models["sasrec"].encoder.encode([np.array([3, 4]), np.array([12])])
+
+    whole = asked()
+    part(written)
+    np.testing.assert_array_equal(asked(), whole)
 
 
 def test_the_manifest_lists_every_file_but_itself(written: Path) -> None:
@@ -164,6 +174,27 @@ def read_elsewhere(path: Path) -> None:
     replace_file(path, "models/sasrec/encoder.onnx", write)
 
 
+def part(path: Path) -> None:
+    """Put the table of a network into a file of its own."""
+    model = onnx.load_model(path / "models/sasrec/encoder.onnx")
+    table = next(tensor for tensor in model.graph.initializer if tensor.name == "table")
+    numbers = table.raw_data
+    set_external_data(table, TABLES)
+    table.ClearField("raw_data")
+    replace_file(path, f"models/sasrec/{TABLES}", lambda file: file.write_bytes(numbers))
+    replace_file(path, "models/sasrec/encoder.onnx", lambda file: file.write_bytes(model.SerializeToString()))
+
+
+def part_unlisted(path: Path) -> None:
+    part(path)
+    rewrite(path, lambda m: m["files"].pop(f"models/sasrec/{TABLES}"))
+
+
+def part_and_lose(path: Path) -> None:
+    part_unlisted(path)
+    (path / f"models/sasrec/{TABLES}").unlink()
+
+
 def make_pipe(path: Path) -> None:
     (path / "items.jsonl").unlink()
     os.mkfifo(path / "items.jsonl")
@@ -199,6 +230,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "folder a link": (link_out("models/sasrec"), "is a link"),
     "file that never ends": (make_pipe, "no plain file"),
     "weights elsewhere": (read_elsewhere, "cannot be loaded"),
+    "tables not listed": (part_unlisted, "does not list models/sasrec/encoder.data"),
+    "tables not there": (part_and_lose, "cannot be loaded"),
     "model name a path": (other_names, "cannot be a model's name"),
     "default model absent": (lambda p: rewrite(p, lambda m: m.update(default_model="nobody")), "default model"),
     "vectors of fewer items": (save_vectors(np.eye(11, 12, dtype=np.float32)), "not the catalogue's"),

@@ -89,6 +89,12 @@ async def store_on(
         await client.aclose()
 
 
+def test_whoever_waits_longer_for_an_answer_waits_as_long_for_a_connection() -> None:
+    for patience, wanted in ((0.05, 0.25), (5, 5)):
+        found = create_redis("redis://localhost", timeout=patience).connection_pool.connection_kwargs
+        assert (found["socket_timeout"], found["socket_connect_timeout"]) == (patience, wanted)
+
+
 # --- reads and appends --------------------------------------------------------------------------------
 
 

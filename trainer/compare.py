@@ -41,7 +41,7 @@ class CaseRanks:
     def of(cls, cases: Cases, rank: IntArray, protocol: str) -> Self:
         """Ranks (C,) of cases."""
         dataset = cases.dataset
-        users, items = np.array(dataset.users), np.array(["", *(i.item_id for i in dataset.catalogue.items)])
+        users, items = np.array(dataset.users), np.array(["", *dataset.catalogue.items.ids])
         return cls(users[cases.user], items[cases.target], cases.row - dataset.offsets[cases.user], rank, protocol)
 
     def save(self, file: Path) -> None:

@@ -58,7 +58,7 @@ class Dataset:
         digest = hashlib.sha256()
         for part in (self.offsets, self.item, self.timestamp, self.feeds, self.seen):
             digest.update(np.ascontiguousarray(part).tobytes())
-        digest.update("\n".join(i.item_id for i in self.catalogue.items).encode())
+        digest.update("\n".join(self.catalogue.items.ids).encode())
         timed = self.has_times and len(self.timestamp) > 0
         return DataInfo(
             source=self.source,
@@ -92,7 +92,7 @@ def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
     kinds = events["event_type"].unique().sort()
     columns = Events(
         user=_codes(events["user_id"], users),
-        item=_codes(events["item_id"], pl.Series([i.item_id for i in catalogue.items])) + 1,
+        item=_codes(events["item_id"], pl.Series(list(catalogue.items.ids))) + 1,
         kind=_codes(events["event_type"], kinds),
         kinds=tuple(kinds),
         value=events["value"].fill_null(float("nan")).to_numpy(),
@@ -137,10 +137,10 @@ def _item_vectors(
             found[name] = read_vectors(file)
         else:
             notes.append(f"no {file}: items have no vectors of {name}")
-    fields = {field_of(category) for item in catalogue.items for category in item.categories}
+    fields = {field_of(category) for named in catalogue.items.category_sets for category in named}
     if both := sorted(fields & found.keys()):
         raise DatasetError(f"{', '.join(both)}: categories and vectors of one name; rename it in data.vectors")
-    ids = [item.item_id for item in catalogue.items]
+    ids = list(catalogue.items.ids)
     vectors = {name: one.rows_of(ids) for name, one in found.items()}
     for name, rows in vectors.items():
         if bare := int(np.count_nonzero(~rows.any(1))):
@@ -195,7 +195,7 @@ def _catalogue(
         )
     early = dated.filter(pl.col("timestamp") < pl.col("available_from")).height
     catalogue = Catalogue.number(numbered)
-    dates = np.array([declared_by_id[i.item_id] for i in catalogue.items], np.int64)
+    dates = np.array([declared_by_id[item_id] for item_id in catalogue.items.ids], np.int64)
     return catalogue, dates, AvailabilityInfo(policy=policy, events_before_declared=early, **tally)
 
 

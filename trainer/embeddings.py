@@ -20,8 +20,7 @@ USERS_AT_ONCE: Final = 4096
 
 def item_vectors(bundle: Bundle, name: str) -> pl.DataFrame:
     """Columns item_id and vector (list of D float32), in the order of the bundle's catalogue."""
-    ids = [item.item_id for item in bundle.catalogue.items]
-    return _table("item_id", ids, np.asarray(bundle.models[name].retriever.vectors))
+    return _table("item_id", list(bundle.catalogue.items.ids), np.asarray(bundle.models[name].retriever.vectors))
 
 
 def user_vectors(bundle: Bundle, dataset: Dataset, name: str) -> pl.DataFrame:

@@ -155,7 +155,7 @@ PAGE: Final = 4096
 def apart(model: bytes, large: int = LARGE) -> tuple[bytes, bytes]:
     """The network without its large tables, for a folder with `TABLES`, and these, each from a page of its own on.
 
-    onnxruntime copies what is inside, in every worker anew, and maps what is outside. And no ONNX file may have 2 GB.
+    onnxruntime copies what is inside, in every worker anew, and maps what is outside.
     """
     network = onnx.load_from_string(model)
     tables = bytearray()

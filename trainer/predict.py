@@ -77,7 +77,7 @@ def _rule(bundle: Bundle, dataset: Dataset) -> Availability:
 
 def to_bundle(bundle: Bundle, dataset: Dataset) -> IntArray:
     """(E,) the bundle's index of each row's item; 0 where the bundle does not know it."""
-    table = np.array([0, *(bundle.catalogue.index_by_id.get(i.item_id, 0) for i in dataset.catalogue.items)], np.int64)
+    table = np.array([0, *bundle.catalogue.index_by_id.of_ids(dataset.catalogue.items.ids)], np.int64)
     return table[dataset.item]
 
 
@@ -104,7 +104,7 @@ def _rows(bundle: Bundle, user_id: str, items: IntArray, scores: FloatArray, as_
         {
             "user_id": [user_id] * len(items),
             "rank": np.arange(1, len(items) + 1),
-            "item_id": [bundle.catalogue[int(i)].item_id for i in items],
+            "item_id": [bundle.catalogue.items.ids[i - 1] for i in items.tolist()],
             "score": scores,
             "as_of": [None if as_of is None else render(as_of)] * len(items),
         },

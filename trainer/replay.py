@@ -123,7 +123,7 @@ def cases(bundle: Bundle, dataset: Dataset, options: Options) -> Iterator[Case]:
         timed = dataset.has_times and newest >= UNDATED
         as_of = newest if timed else now()
         fed = rows[dataset.feeds[rows]][-LONGEST:]
-        item_ids = [dataset.catalogue[int(i)].item_id for i in dataset.item[fed]]
+        item_ids = [dataset.catalogue.items.ids[i - 1] for i in dataset.item[fed].tolist()]
         known = fed[mapped[fed] > 0]
         # Without times it has all just happened, for the service too.
         times = dataset.timestamp[known] if timed else np.full(len(known), as_of, np.int64)
@@ -158,7 +158,7 @@ def expected(bundle: Bundle, case: Case, seen: IntArray, rule: Availability, opt
 
 
 def _places(bundle: Bundle, items: IntArray, scores: Any) -> list[Place]:
-    return [Place(bundle.catalogue[int(i)].item_id, float(s)) for i, s in zip(items, scores, strict=True)]
+    return [Place(bundle.catalogue.items.ids[i - 1], float(s)) for i, s in zip(items.tolist(), scores, strict=True)]
 
 
 def _compare(found: Compared, case: Case, expected: Expected, answer: list[Place]) -> None:

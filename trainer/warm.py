@@ -104,6 +104,5 @@ class Published:
         return origin, np.array([0, *(numbers.get(value, -1) for value in spec.categories[field].values)], np.int64)
 
     def _rows(self, catalogue: Catalogue) -> IntArray:
-        by_id = self.catalogue.index_by_id
-        items = [by_id.get(item.item_id, -1) for item in catalogue.items]
+        items = [index or -1 for index in self.catalogue.index_by_id.of_ids(catalogue.items.ids)]
         return np.array([0, *items, len(self.catalogue) + 1], np.int64)  # PAD, 1..N, MASK

@@ -51,6 +51,8 @@ async def list_items(parameters: PageQuery, services: ServicesOf) -> Response:
     live = services.live
     if not live.catalogue_read:
         raise errors.CatalogueDown()
+    if (serving := live.serving) is not None:
+        await services.recommender.beside(serving, lambda: serving.bundle.catalogue.rows_by_id)
     ids = live.page(parameters.cursor or "", parameters.limit + 1)
     page, more = ids[: parameters.limit], ids[parameters.limit :]
     rows = [shown(item_id, live.change_of(item_id), live) for item_id in page]

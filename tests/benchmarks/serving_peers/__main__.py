@@ -3,9 +3,10 @@
     python -m tests.benchmarks.serving_peers [--workers 2] [--seconds 5] [--rounds 3]
 
 All have the same ONNX encoder, item vectors, users, Redis and load (wrk), the same number of worker processes, uvloop,
-httptools, and one thread for arithmetic each. All run at once, but one is loaded at a time; a round goes through all,
-so that noise meets all alike, and medians over rounds count. Users ask again without doing anything in between, for
-which Upnext remembers query vectors; a second row and the last column are of Upnext when it encodes each request.
+httptools, and one thread for arithmetic each. Peers are held still while another one is loaded, since LitServe's queues
+spin when idle; a round goes through all, so that noise meets all alike, and medians over rounds count. Users ask again
+without doing anything in between, for which Upnext remembers query vectors; a second row and the last column are of
+Upnext when it encodes each request.
 Before, answers are compared: the app written by hand must return Upnext's items, the others what Upnext returns with
 `exclude_seen=false`.
 """
@@ -56,7 +57,7 @@ class Peer:
     module: str | None  # None: Upnext, which runs already
     excludes_seen: bool
     request: str = load.GET
-    tuned: bool = True  # or with what the library chooses by itself
+    tuned: bool = True  # or with the queue and the event loop that the library chooses by itself
 
 
 UPNEXT: Final = Peer("Upnext", None, excludes_seen=True)
@@ -68,7 +69,7 @@ PEERS: Final = (
     Peer("prototype, coalesced", "coalesced", excludes_seen=False),
     Peer("same duties, by hand", "handwritten", excludes_seen=True),
     Peer("LitServe, tuned", "lit", excludes_seen=False, request=POST),
-    Peer("LitServe, queue and servers of its own choice", "lit", excludes_seen=False, request=POST, tuned=False),
+    Peer("LitServe, its own queue", "lit", excludes_seen=False, request=POST, tuned=False),
 )
 
 
@@ -87,7 +88,7 @@ def main() -> None:
         upnext = closing.enter_context(stack("sqlite", workers=asked.workers, bundles=folder / "bundles"))
         running.fill(upnext.database_url, asked.items, (LENGTH,))
         fill_redis(upnext, asked.items)
-        urls = {}
+        urls, groups = {}, dict[Peer, int]()
         # The same service for users who do something before they ask again: it may remember no query vectors.
         forgetful = closing.enter_context(
             stack("sqlite", workers=asked.workers, bundles=folder / "bundles", query_vectors=0)
@@ -95,9 +96,12 @@ def main() -> None:
         running.fill(forgetful.database_url, asked.items, (LENGTH,))
         own = {UPNEXT: upnext.url, FORGETFUL: forgetful.url}
         for peer in PEERS:
-            urls[peer] = own.get(peer) or start(peer, upnext, bundle, asked, closing)
+            if peer in own:
+                urls[peer] = own[peer]
+            else:
+                urls[peer], groups[peer] = start(peer, upnext, bundle, asked, closing)
         compare_answers(urls)
-        found = measure(urls, asked.seconds, asked.rounds)
+        found = measure(urls, groups, asked.seconds, asked.rounds)
     report(found)
     print(
         json.dumps(
@@ -116,8 +120,8 @@ def fill_redis(upnext: Stack, items: int) -> None:
         pipe.execute()
 
 
-def start(peer: Peer, upnext: Stack, bundle: Path, asked: argparse.Namespace, closing: ExitStack) -> str:
-    """Start the peer's server and wait until it answers; its URL."""
+def start(peer: Peer, upnext: Stack, bundle: Path, asked: argparse.Namespace, closing: ExitStack) -> tuple[str, int]:
+    """Start the peer's server and wait until it answers; its URL, and its group of processes."""
     port = free_port()
     metrics = closing.enter_context(tempfile.TemporaryDirectory(prefix="upnext-bench-"))
     environment = os.environ | {
@@ -133,7 +137,8 @@ def start(peer: Peer, upnext: Stack, bundle: Path, asked: argparse.Namespace, cl
             sys.executable, "-m", "uvicorn", f"{HERE}.{peer.module}:app", "--port", str(port), "--loop", "uvloop",
             "--http", "httptools", "--workers", str(asked.workers), "--no-access-log", "--log-level", "warning",
         ]  # fmt: skip
-    log = closing.enter_context((upnext.folder / f"{peer.module}.log").open("wb"))
+    said = upnext.folder / f"{peer.module}-{peer.tuned}.log"
+    log = closing.enter_context(said.open("wb"))
     # A session of its own: LitServe leaves its workers behind when it is told to stop.
     process = subprocess.Popen(
         command, cwd=upnext.folder, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -144,17 +149,18 @@ def start(peer: Peer, upnext: Stack, bundle: Path, asked: argparse.Namespace, cl
     while True:
         try:
             ask(f"{running.prefix(LENGTH)}0")
-            return f"http://127.0.0.1:{port}"
+            return f"http://127.0.0.1:{port}", process.pid
         except (httpx.HTTPError, KeyError):
             if time.monotonic() > deadline or process.poll() is not None:
-                said = (upnext.folder / f"{peer.module}.log").read_text()[-2_000:]
-                raise RuntimeError(f"{peer.name} does not answer; its last words:\n{said}") from None
+                words = said.read_text()[-2_000:]
+                raise RuntimeError(f"{peer.name} does not answer; its last words:\n{words}") from None
             time.sleep(0.1)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End it and all that it started."""
     os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGCONT)
     try:
         process.wait(5)
     except subprocess.TimeoutExpired:
@@ -187,12 +193,19 @@ def compare_answers(urls: dict[Peer, str], users: int = 50) -> None:
                 raise SystemExit(f"{peer.name} answers {found} for {user}, Upnext {expected}")
 
 
-def measure(urls: dict[Peer, str], seconds: int, rounds: int) -> list[dict[str, Any]]:
+def hold_all_but(peer: Peer, groups: dict[Peer, int]) -> None:
+    """Let this peer run and no other."""
+    for other, group in groups.items():
+        os.killpg(group, signal.SIGCONT if other is peer else signal.SIGSTOP)
+
+
+def measure(urls: dict[Peer, str], groups: dict[Peer, int], seconds: int, rounds: int) -> list[dict[str, Any]]:
     """One row a peer."""
     users = running.prefix(LENGTH)
     results: dict[tuple[Peer, int], list[load.Result]] = {(peer, c): [] for c in CONNECTIONS for peer in urls}
     for turn in range(rounds + 1):  # the first one, which fills caches, does not count
         for (peer, connections), seen in results.items():
+            hold_all_but(peer, groups)
             one = load.closed(
                 urls[peer], users, running.USERS, connections=connections, seconds=seconds if turn else 2,
                 request=peer.request,
