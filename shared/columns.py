@@ -7,20 +7,16 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import overload
 
-import numpy as np
-
-from shared.events import IntArray
-
 
 class Texts(Sequence[str]):
     """Texts, encoded as UTF-8 one behind the other. Immutable."""
 
-    def __init__(self, block: bytes, ends: IntArray) -> None:
-        self.block = block
-        self.ends = ends  # (N + 1,): text r is block[ends[r] : ends[r + 1]]
+    def __init__(self, block: bytes, ends: array[int]) -> None:
+        self._block = block
+        self._ends = ends  # (N + 1,): text r is block[ends[r] : ends[r + 1]]; an array gives Python's numbers at once
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self._ends) - 1
 
     @overload
     def __getitem__(self, row: int) -> str: ...
@@ -29,12 +25,12 @@ class Texts(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
             return [self[r] for r in range(len(self))[row]]
-        row = range(len(self))[row]
-        return self.block[self.ends[row] : self.ends[row + 1]].decode("utf-8", "surrogatepass")
+        if row < 0:
+            row = range(len(self))[row]
+        return str(self._block[self._ends[row] : self._ends[row + 1]], "utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
-        ends = self.ends.tolist()  # numbers of Python: a tenth of the time
-        return (self.block[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(ends))
+        return (str(self._block[a:b], "utf-8", "surrogatepass") for a, b in pairwise(self._ends))
 
 
 class TextWriter:
@@ -50,4 +46,4 @@ class TextWriter:
 
     def written(self) -> Texts:
         """All that were added."""
-        return Texts(bytes(self._block), np.array(self._ends, np.int64))
+        return Texts(bytes(self._block), self._ends[:])
