@@ -43,14 +43,15 @@ ITEMS: Final = 3_700
 LENGTHS: Final = (10, 50, 200)
 CONNECTIONS: Final = 16
 CHANGED: Final = 300
-ACTIVE: Final = 100_000
+ACTIVE: Final = 20_000
 SWAP: Final = 60
 CYCLE: Final = 4 * SWAP
 """Seconds; an even number of swaps, since the two bundles need not be of the same size."""
 SAMPLE: Final = 1
 """Seconds; what a worker takes more while it loads a bundle is there for one or two."""
 # Of a hundred requests. An unknown user is a new one each time, and so is each user of some of the events. Most others
-# are of some ACTIVE users, with an event or two each: histories that grew all the while would take memory of their own.
+# are of some ACTIVE users: few enough that nearly all have events after the minutes before those that count, and many
+# enough that their histories stay short, for both take memory.
 SCRIPT: Final = """
 local n, post = 0, {["Content-Type"] = "application/json"}
 local lengths, seen = {10, 50, 200}, {}
