@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from tests.trained import config, cyclic_events, dataset
 from trainer.config import (
@@ -18,8 +19,10 @@ from trainer.config import (
     one_data,
     preset_names,
     settings,
+    source_settings,
 )
 from trainer.pipeline import Run, identity
+from trainer.sources import SOURCES
 
 MINE = """
 name: mine
@@ -142,12 +145,23 @@ def test_a_run_reads_back_the_settings_it_was_made_with(tmp_path: Path, source: 
     assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0  # it may hold a password
 
 
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**32}, {"accelerator": "fast"}])
+def test_settings_that_would_end_a_training_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        config(training=wrong)
+
+
 def test_every_setting_is_listed_with_default_and_meaning() -> None:
     listed = {key: (default, meaning) for key, default, meaning in settings()}
     assert listed["model.hidden_units"][0] == "64"
     assert listed["data.history.minimum_value"][0] == "None"
     assert listed["data.source"][0] == "required"
     assert [key for key, (_, meaning) in listed.items() if not meaning] == []
+    assert set(source_settings()) == set(SOURCES)
+    assert [row for rows in source_settings().values() for row in rows if not row[2]] == []
+    assert ("data.source.item_columns.id", "required", "Id of the item, as in the events.") in source_settings()[
+        "files"
+    ]
 
 
 def test_what_decides_the_training_part_is_in_a_run_s_identity_and_nothing_else_of_evaluation() -> None:

@@ -90,6 +90,13 @@ def test_titles_may_hold_words_or_vectors(tmp_path: Path, values: list[str], wid
     assert (None if found is None else found.values.shape[1]) == width
 
 
+@pytest.mark.parametrize("broken", ["nan 1", "1", "", "1 2 3", "Heat (1995)"])
+def test_a_broken_line_among_vectors_is_an_error_and_no_title(tmp_path: Path, broken: str) -> None:
+    file = written(tmp_path, f"a\t1 0\nb\t0 1\nc\t{broken}\nd\t1 1\n", "titles.tsv")
+    with pytest.raises(UnreadableFileError, match=r"titles\.tsv:3: not 2 finite numbers"):
+        vectors_in(file)
+
+
 def test_a_line_without_a_title_holds_no_vector(tmp_path: Path) -> None:
     assert vectors_in(written(tmp_path, "item\ttitle\n1\n", "titles.tsv")) is None
 

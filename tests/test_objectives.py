@@ -121,6 +121,9 @@ def test_what_a_user_hides_depends_on_nobody_else() -> None:
     for seed in ((3, 8), (4, 7)):  # another epoch, another seed
         assert not torch.equal(mask_items(rows, users, 0.3, 0.2, N, seed)[1], targets)
     assert not torch.equal(mask_items(rows, users + 1, 0.3, 0.2, N, (3, 7))[1], targets)
+    padded = mask_items(torch.nn.functional.pad(rows, (0, 3)), users, 0.3, 0.2, N, (3, 7))
+    assert torch.equal(padded[0][:, :10], inputs), "a longer row in the batch moves nothing"
+    assert torch.equal(padded[1][:, :10], targets)
 
 
 def test_dice_are_uniform_and_independent() -> None:

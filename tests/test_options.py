@@ -24,8 +24,10 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def trained(kind: Kind, data: Dataset, folder: Path, **model: Any) -> tuple[Split, Fitted, Any]:
-    split, settings = leave_one_out(data), config(kind, model=model, training=ENOUGH[kind])
+def trained(
+    kind: Kind, data: Dataset, folder: Path, training: dict[str, Any] | None = None, **model: Any
+) -> tuple[Split, Fitted, Any]:
+    split, settings = leave_one_out(data), config(kind, model=model, training={**ENOUGH[kind], **(training or {})})
     return split, fit(settings, len(data.catalogue), split.sequences, split.validation, folder), settings
 
 
@@ -37,10 +39,29 @@ def hit_rate(split: Split, fitted: Fitted, settings: Any) -> float:
     return float(np.mean(full_ranks(split.test, vector_scores(queries, exported.vectors)) == 1))
 
 
+TRAININGS: list[dict[str, Any]] = [
+    {"weight_decay": 0.01, "gradient_clip": 1.0},
+    {"warmup": 20, "schedule": "cosine", "length_window": 1},
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_learns_the_circle_and_exports(tmp_path: Path, options: dict[str, Any]) -> None:
     assert hit_rate(*trained("sasrec", dataset(cyclic_events()), tmp_path, **options)) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", TRAININGS, ids=str)
+def test_every_way_of_training_learns_the_circle(tmp_path: Path, training: dict[str, Any]) -> None:
+    data = dataset(cyclic_events())
+    assert hit_rate(*trained("sasrec", data, tmp_path, training, feedforward=4, heads=2)) >= 0.95
+
+
+@pytest.mark.slow
+def test_the_options_are_bert4rec_s_too(tmp_path: Path) -> None:
+    found = trained("bert4rec", dataset(cyclic_events()), tmp_path, block="original", position_bias=True)
+    assert hit_rate(*found) >= 0.9
 
 
 def waiting_events(users: int = 300, seed: int = 0) -> list[Row]:

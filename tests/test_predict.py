@@ -15,7 +15,7 @@ from tests import worlds
 from tests.trained import Row, dataset
 from trainer.config import ConfigError
 from trainer.dataset import Dataset
-from trainer.predict import Excluded, predict, write_table
+from trainer.predict import Excluded, ask, predict, to_bundle, write_table
 
 BORN = worlds.BORN
 """Items "1".."12" of the cyclic world; item n is born n days after."""
@@ -92,6 +92,24 @@ def test_without_times_items_that_are_withdrawn_or_over_stay_out() -> None:
     found, excluded = run(worlds.in_memory(worlds.cyclic(items=items)), dataset([("u", "4", 0)], has_times=False))
     assert found == {"u": ["6", "8", "9"]}
     assert (excluded.unavailable, excluded.users_touched, excluded.future_in_lists) == (2, 1, 2)
+
+
+def test_an_event_does_not_bring_back_what_was_withdrawn() -> None:
+    items = tuple(replace(item, withdrawn=item.item_id == "5") for item in worlds.cyclic().items)
+    gone = worlds.in_memory(worlds.cyclic(items=items))
+    rows = [*viewed("u", 30, "4"), *viewed("v", 30, "5")]
+    assert run(gone, dataset(rows))[0]["u"] == ["6", "7", "8"]
+    back = dataset(rows, items=[{"item_id": "5", "withdrawn": False}])
+    assert run(gone, back)[0]["u"] == ["5", "6", "7"], "a row of the item does"
+
+
+def test_without_times_all_of_it_has_just_happened(bundle: Bundle) -> None:
+    data = dataset([("u", "4", 0), ("u", "5", 0)], has_times=False)
+    found = ask(data, to_bundle(bundle, data), 0)
+    assert found is not None
+    assert found.history.tolist() == [4, 5]
+    assert set(found.times.tolist()) == {found.as_of}
+    assert found.as_of > BORN
 
 
 def test_csv_and_parquet_hold_the_same(bundle: Bundle, tmp_path: Path) -> None:

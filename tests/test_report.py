@@ -114,6 +114,12 @@ def test_epochs_that_were_not_validated_have_empty_cells(tmp_path: Path) -> None
     assert read_epochs(tmp_path / "epochs.csv") == rows
     assert (tmp_path / "epochs.csv").read_text().splitlines() == ["epoch,train_loss,val_mrr", "1,2.0,", "2,1.0,0.5"]
     assert read_epochs(tmp_path / "missing.csv") == []
+    split = leave_one_out(dataset(cyclic_events(users=20)))
+    settings = config(training={"epochs": 4, "validate_every": 2})
+    fit(settings, len(split.test.dataset.catalogue), split.sequences, split.validation, tmp_path / "run")
+    trained = read_epochs(tmp_path / "run" / "epochs.csv")
+    assert [row["epoch"] for row in trained if "val_ndcg@10" in row] == [2, 4]
+    assert [row["epoch"] for row in trained if "train_loss" in row] == [1, 2, 3, 4]
 
 
 # --- page ---------------------------------------------------------------------------------------------

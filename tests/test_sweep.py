@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.trained import cyclic_events, dataset
 from trainer.config import ConfigError
-from trainer.sweep import Trial, plan, sweep_table
+from trainer.sweep import Trial, plan, sweep, sweep_table
 
 
 def test_every_combination() -> None:
@@ -34,6 +37,13 @@ def test_commas_inside_of_lists_divide_nothing() -> None:
 def test_the_data_stays_the_same() -> None:
     with pytest.raises(ConfigError, match="over settings of model and training"):
         plan(["evaluation.split=temporal,leave_one_out"], None)
+
+
+def test_a_combination_that_cannot_be_is_said_before_the_first_training(tmp_path: Path) -> None:
+    words = ["model.heads=1,2,3", "model.hidden_units=32"]
+    with pytest.raises(ConfigError, match="heads"):
+        sweep("sasrec-quick", words, dataset(cyclic_events(users=5)), tmp_path / "runs", None, print)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_trial_that_failed_says_why() -> None:

@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.trained import ITEMS, KINDS, Kind, config, cyclic_events, dataset
+from trainer import pipeline
 from trainer import train as module
-from trainer.config import RunConfig
+from trainer.config import ConfigError, RunConfig
 from trainer.config import settings as every_setting
 from trainer.curves import read_epochs
 from trainer.dataset import Sequences, Split, leave_one_out
@@ -97,6 +98,63 @@ def test_resuming_a_finished_training_trains_no_more(tmp_path: Path) -> None:
     again = train(settings, tmp_path, resume=True)
     assert (again.epochs, again.best) == (first.epochs, first.best)
     assert weights(again.encoder) == weights(first.encoder)
+
+
+def test_resuming_what_patience_ended_trains_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "evaluate_torch", scripted(0.1, 0.5, 0.4, 0.4))
+    settings, data, said = config(training={"epochs": 9, "patience": 2}), dataset(cyclic_events(users=60)), list[str]()
+    first = pipeline.train(settings, data, "split", tmp_path)
+    last = (tmp_path / "sasrec" / "split" / "last.ckpt").stat().st_mtime_ns
+    again = pipeline.train(settings, data, "split", tmp_path, resume=True, say=said.append)
+    assert (again.epochs, again.best) == (first.epochs, first.best)
+    assert first.epochs == 2
+    assert weights(again.encoder) == weights(first.encoder)
+    assert (tmp_path / "sasrec" / "split" / "last.ckpt").stat().st_mtime_ns == last
+    assert said == [f"sasrec: {tmp_path / 'sasrec' / 'split'} is trained already"]
+
+
+def test_the_best_epoch_is_known_after_the_folder_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "evaluate_torch", scripted(0.1, 0.5, 0.2, 0.3))
+    first = train(config(training={"epochs": 2}), tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = train(config(training={"epochs": 4}), tmp_path / "there", resume=True)
+    assert moved.epochs == 2
+    assert moved.best == pytest.approx(0.5)
+    assert moved.checkpoint == tmp_path / "there" / first.checkpoint.name
+    assert weights(moved.encoder) == weights(first.encoder)
+
+
+def test_an_unfinished_training_is_not_thrown_away_by_a_resume_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(model: SequenceModel) -> None:
+        if model.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    data, settings = dataset(cyclic_events(users=20)), config(training={"epochs": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceModel, "on_train_epoch_start", interrupt)
+        with pytest.raises(TrainingError, match="the last whole epoch is in"):
+            pipeline.train(settings, data, "split", tmp_path)
+    other = config(training={"epochs": 3, "threads": 2})
+    with pytest.raises(ConfigError, match=r"an unfinished training, with training\.epochs=2 \(now 3\), training\.thr"):
+        pipeline.train(other, data, "split", tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="other data"):
+        pipeline.train(settings, dataset(cyclic_events(users=21)), "split", tmp_path, resume=True)
+    threads = config(training={"epochs": 2, "threads": 2})  # the machine is no part of it
+    assert pipeline.train(threads, data, "split", tmp_path, resume=True).epochs == 2
+    # What is finished gives way, as without --resume.
+    assert pipeline.train(other, data, "split", tmp_path, resume=True).epochs <= 3
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "sasrec" / "split").mkdir(parents=True)
+    kept = tmp_path / "sasrec" / "split" / "last.ckpt"
+    kept.touch()
+    device = "mps" if torch.cuda.is_available() else "gpu"
+    with pytest.raises(TrainingError, match=f"training.accelerator={device}: torch finds none"):
+        pipeline.train(config(training={"accelerator": device}), dataset(cyclic_events()), "split", tmp_path)
+    assert kept.exists()
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from shared.bundle import BundleError, point_current
+from shared.bundle import Bundle, BundleError, point_current
 from tests.trained import ITEMS, START, Row, config, cyclic_events, dataset, world
 from trainer import pipeline
-from trainer.config import RunConfig
+from trainer.config import ConfigError, RunConfig
 from trainer.dataset import leave_one_out
+from trainer.export import export
 from trainer.train import TrainingError
 from trainer.transformer import Encoder
 from trainer.warm import Published, WarmStartError
@@ -110,6 +111,35 @@ def test_a_split_starts_cold_where_the_bundle_knows_its_answers(
     warm = pipeline.train(settings(found.bundle.path), found.dataset, "split", tmp_path, say=said.append)
     assert warm.best is not None
     assert warm.best > 0.9
+
+
+@pytest.mark.slow
+def test_what_is_published_began_as_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` from a bundle that knows the held-out events: cold on the split, so cold on all events too."""
+    found, said = world("sasrec"), list[str]()
+    monkeypatch.setattr(Published, "saw", lambda *_: True)
+    pipeline.run([settings(found.bundle.path)], found.dataset, tmp_path, tmp_path / "bundles", said.append, force=True)
+    assert not any("items known" in line for line in said)
+
+
+@pytest.mark.slow
+def test_a_training_that_goes_on_is_published_without_figures(tmp_path: Path) -> None:
+    found, bundles = world("sasrec"), tmp_path / "bundles"
+    fitted = pipeline.train(settings(found.bundle.path), found.dataset, "all", tmp_path, epochs=1)
+    pipeline.Run.of(tmp_path, "sasrec", "all").save_export(export(fitted.encoder, settings(found.bundle.path)))
+
+    def publish(*, force: bool) -> Path:
+        return pipeline.publish_runs(tmp_path, ["sasrec"], found.dataset, bundles, "all", print, force=force)
+
+    with pytest.raises(ConfigError, match=r"metrics\.json is missing"):
+        publish(force=False)
+    assert Bundle.load(publish(force=True)).models["sasrec"].info.metrics == {}
+    metrics = pipeline.Run.of(tmp_path, "sasrec", "split").folder / "metrics.json"
+    metrics.parent.mkdir()
+    metrics.write_text('{"run": "another", "protocol": "another", "bundle": {}}')
+    with pytest.raises(TrainingError, match="other settings or data"):
+        publish(force=False)
+    assert Bundle.load(publish(force=True)).models["sasrec"].info.metrics == {}
 
 
 def test_a_bundle_that_is_not_there_is_said_before_anything_is_trained(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from shared.retrieval import Mode
 from trainer import shelf
 from trainer.backup import backup, restore
 from trainer.compare import Asked, compare, comparison_table, load_ranks
-from trainer.config import ConfigError, Fit, RunConfig, load_config, one_data, preset_names, settings
+from trainer.config import ConfigError, Fit, RunConfig, load_config, one_data, preset_names, settings, source_settings
 from trainer.dataset import Dataset, load_dataset
 from trainer.embeddings import check_vectors_file, item_vectors, user_vectors, write_vectors
 from trainer.errors import TrainerError
@@ -34,6 +34,7 @@ from trainer.predict import predict as predict_lists
 from trainer.replay import Options, ReplayError, replay, replay_table, service_at
 from trainer.seed import seed_log
 from trainer.sources import SOURCES, RawData, describe
+from trainer.sources.config import MinInteractions
 from trainer.sources.vectors import save_vectors
 from trainer.splits import split_of
 from trainer.titles import TFIDF, text_vectors
@@ -76,7 +77,10 @@ Runs = Annotated[Path, typer.Option(help="Folder of training runs.")]
 Bundles = Annotated[
     Path, typer.Option(envvar="UPNEXT_BUNDLES", help="Folder of bundles; CURRENT in it names the live one.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Publish even if popularity or the live bundle is better.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Publish even if popularity or the live bundle is better, or nothing was measured."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training.")]
 BundleModel = Annotated[str | None, typer.Option("--model", help="Model in the bundle; its default one otherwise.")]
 LOG = "sqlite:///var/upnext.db"
@@ -138,8 +142,12 @@ def live_model(bundles: Path, model: str | None, mode: Mode = Mode.AUTO) -> tupl
 
 
 def dataset_for(bundle: Bundle, config: RunConfig) -> Dataset:
-    """A preset's data with histories as the bundle's models were trained to read them, whatever the preset says."""
-    data = config.data.model_copy(update={"history": bundle.policy})
+    """A preset's data with histories as the bundle's models were trained to read them, whatever the preset says.
+
+    All of it: who or what is too rare to train on is asked about all the same.
+    """
+    source = config.data.source.model_copy(update={"min_interactions": MinInteractions()})
+    data = config.data.model_copy(update={"history": bundle.policy, "source": source})
     return dataset_of(config.model_copy(update={"data": data}))
 
 
@@ -409,6 +417,10 @@ def show_settings() -> None:
     """Every setting that a preset or `key=value` can set, with its default and meaning."""
     for key, default, meaning in settings():
         say(f"{key:<33} {default:<12.40} {meaning}")
+    for kind, rows in source_settings().items():
+        say(f"\ndata.source.kind={kind}")
+        for key, default, meaning in rows:
+            say(f"{key:<40} {default:<12.40} {meaning}")
 
 
 @data_app.command("list")

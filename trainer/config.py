@@ -9,9 +9,9 @@ settings are saved beside the weights and in the manifest.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -143,8 +143,10 @@ class TrainingConfig(_Section):
         le=1,
         description="BERT4Rec: share of sequences where only the last item is to guess.",
     )
-    seed: int = Field(0, description="Decides initial weights, batches, masks and dropout.")
-    accelerator: str = Field("auto", description="cpu, gpu or auto.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Decides initial weights, batches, masks and dropout.")
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
+        "auto", description="What to train on; auto: a GPU where there is one."
+    )
     threads: int = Field(2, ge=1, description="CPU threads of torch.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
 
@@ -267,20 +269,41 @@ def one_data(configs: Sequence[RunConfig]) -> None:
         raise ConfigError(f"two presets have the same name ({', '.join(names)}); set name=... in one of them")
 
 
-def settings() -> list[tuple[str, str, str]]:
-    """Key, default and meaning of every setting but those of the sources, which depend on their kind."""
+def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """{"model": {"blocks": 2}} -> {"model.blocks": 2}, as a person would write it on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{path}{name}.")
+        else:
+            found[f"{path}{name}"] = value
+    return found
+
+
+Setting = tuple[str, str, str]
+"""Key, default and meaning."""
+
+
+def settings() -> list[Setting]:
+    """Every setting but those of the sources, which depend on their kind."""
     return _settings(RunConfig, "")
 
 
-def _settings(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
+def source_settings() -> dict[str, list[Setting]]:
+    """Those of each kind of source."""
+    kinds = _models_in(DataConfig.model_fields["source"].annotation)
+    return {get_args(kind.model_fields["kind"].annotation)[0]: _settings(kind, "data.source.") for kind in kinds}
+
+
+def _settings(section: type[BaseModel], prefix: str) -> list[Setting]:
     rows = []
     for name, field in section.model_fields.items():
         nested = _models_in(field.annotation)
         if len(nested) == 1:
             rows += _settings(nested[0], f"{prefix}{name}.")
         elif nested:
-            rows.append((f"{prefix}{name}", "required", "Where the data comes from: see python -m trainer data list"))
-        else:
+            rows.append((f"{prefix}{name}", "required", "Where the data comes from, by its `kind`."))
+        elif name != "kind" or prefix != "data.source.":
             default = "required" if field.is_required() else str(field.default)
             rows.append((f"{prefix}{name}", default, field.description or ""))
     return rows

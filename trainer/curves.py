@@ -20,11 +20,15 @@ class EpochLog(Callback):
     """Writes a row after each epoch; after a resume, rows of epochs that are trained again are written anew."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.began = file, 0.0
+        self.file, self.began, self.validated = file, 0.0, False
 
     def on_train_epoch_start(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Start the clock."""
-        self.began = time.monotonic()
+        self.began, self.validated = time.monotonic(), False
+
+    def on_validation_end(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """This epoch has values of its own: Lightning keeps those of the last validation otherwise."""
+        self.validated = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Every scalar that was logged in this epoch, validation included; the first of several processes writes."""
@@ -32,7 +36,8 @@ class EpochLog(Callback):
             return
         epoch = trainer.current_epoch + 1
         earlier = [row for row in read_epochs(self.file) if row["epoch"] < epoch]
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        fresh = ((n, v) for n, v in trainer.callback_metrics.items() if self.validated or not n.startswith("val_"))
+        values = {name: float(value) for name, value in fresh}
         row = {"epoch": epoch, "seconds": round(time.monotonic() - self.began, 3), **values}
         write_epochs(self.file, [*earlier, row])
 

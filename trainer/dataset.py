@@ -35,6 +35,7 @@ class Dataset:
 
     source: str
     catalogue: Catalogue
+    listed: BoolArray  # (N,) whether the source has a row of the item, not only events
     declared: IntArray  # (N,) declared `available_from`, END where there is none
     policy: HistoryPolicy
     users: tuple[str, ...]  # (U,) ids
@@ -112,6 +113,7 @@ def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
     return Dataset(
         source=raw.name,
         catalogue=catalogue,
+        listed=pl.Series(catalogue.items.ids, dtype=pl.String).is_in(raw.items["item_id"].implode()).to_numpy(),
         declared=declared,
         policy=config.history,
         users=tuple(users),

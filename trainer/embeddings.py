@@ -13,7 +13,7 @@ from shared.bundle import Bundle
 from shared.encoder import Vectors
 from trainer.config import ConfigError
 from trainer.dataset import Dataset
-from trainer.predict import to_bundle
+from trainer.predict import ask, to_bundle
 
 USERS_AT_ONCE: Final = 4096
 
@@ -36,15 +36,14 @@ def user_vectors(bundle: Bundle, dataset: Dataset, name: str) -> pl.DataFrame:
 def _encoded(bundle: Bundle, dataset: Dataset, name: str) -> Iterator[tuple[list[str], Vectors]]:
     """User ids and query vectors, some at a time."""
     mapped, encoder = to_bundle(bundle, dataset), bundle.models[name].encoder
-    fits = dataset.feeds & (mapped > 0)  # (E,)
     for start in range(0, len(dataset.users), USERS_AT_ONCE):
         ids, histories, times = [], [], []
         for user in range(start, min(start + USERS_AT_ONCE, len(dataset.users))):
-            rows = np.flatnonzero(fits[dataset.offsets[user] : dataset.offsets[user + 1]]) + dataset.offsets[user]
-            if len(rows):
+            asked = ask(dataset, mapped, user)
+            if asked is not None and len(asked.history):
                 ids.append(dataset.users[user])
-                histories.append(mapped[rows])
-                times.append(np.append(dataset.timestamp[rows], dataset.timestamp[dataset.offsets[user + 1] - 1]))
+                histories.append(asked.history)
+                times.append(asked.times)
         yield ids, encoder.encode(histories, times)
 
 

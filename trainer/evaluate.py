@@ -24,6 +24,7 @@ from trainer.dataset import Cases
 from trainer.metrics import CUTOFFS, MISSED, intervals, list_metrics, metrics
 
 TOP: Final = 20
+RECALL_CHUNK: Final = 64
 Scores = Callable[[IntArray], NDArray[np.floating[Any]]]
 """Positions of cases (C,) to scores of all items (C, N)."""
 
@@ -124,7 +125,10 @@ def index_recall(queries: Vectors, retriever: Retriever, k: int) -> float:
     if retriever.index is None or not len(queries):
         return float("nan")
     k = min(k, len(retriever.vectors))
-    labels, _ = retriever.index.knn_query(queries, k=k, num_threads=1)
-    exact = np.argpartition(-(queries @ retriever.vectors.T), k - 1, axis=1)[:, :k]
-    hits = [len(np.intersect1d(a, b)) for a, b in zip(labels.astype(np.int64), exact, strict=True)]
-    return float(np.mean(hits) / k)
+    hits = 0
+    for start in range(0, len(queries), RECALL_CHUNK):  # a score for each item and query of a chunk
+        some = queries[start : start + RECALL_CHUNK]
+        labels, _ = retriever.index.knn_query(some, k=k, num_threads=1)
+        exact = np.argpartition(-(some @ retriever.vectors.T), k - 1, axis=1)[:, :k]
+        hits += sum(len(np.intersect1d(a, b)) for a, b in zip(labels.astype(np.int64), exact, strict=True))
+    return hits / (k * len(queries))

@@ -36,12 +36,13 @@ def mask_items(
 
     Of the chosen positions 80 % become MASK, 10 % a random item, 10 % stay (Devlin et al. 2019). With
     `last_probability` a row hides its last item and no other: what service asks. Every row hides one at least.
-    What a user hides depends on `seed` (seed and epoch) and on `users` (B,) alone, in whatever batch the row is.
+    What a user hides depends on `seed` (seed and epoch) and on `users` (B,) alone, in whatever batch the row is, and
+    however long the others in it are.
     """
     _, T = rows.shape
-    thrown = dice(users, 3 * T + 1, seed)  # (B, 3 T + 1)
-    choice, fate, noise, only_last = thrown[:, :T], thrown[:, T : 2 * T], thrown[:, 2 * T : -1], thrown[:, -1]
-    only_last = only_last < last_probability  # (B,)
+    thrown = dice(users, 1 + 3 * T, seed)  # (B, 1 + 3 T): numbered by position, so that the padding moves nothing
+    choice, fate, noise = thrown[:, 1:].reshape(-1, T, 3).unbind(2)  # (B, T) each
+    only_last = thrown[:, 0] < last_probability  # (B,)
     real = rows != PAD  # (B, T)
     last = real.sum(1) - 1  # (B,)
     at_last = torch.arange(T, device=rows.device) == last[:, None]  # (B, T)

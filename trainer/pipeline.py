@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -28,7 +28,7 @@ from shared.popularity import Popularity
 from shared.retrieval import load_index
 from trainer.baselines import rival_ranks
 from trainer.compare import RANKS, CaseRanks
-from trainer.config import ConfigError, EvaluationConfig, Fit, RunConfig, one_data, validate
+from trainer.config import ConfigError, EvaluationConfig, Fit, RunConfig, flat, one_data, validate
 from trainer.dataset import Cases, Dataset, Sequences, Split, everything
 from trainer.evaluate import TOP, list_ranks, served_metrics
 from trainer.export import Exported, Tower, export
@@ -39,11 +39,24 @@ from trainer.report import write_report
 from trainer.shelf import retire
 from trainer.sources.config import SqlSource
 from trainer.splits import split_of
-from trainer.train import Fitted, Share, TrainingError, evaluate_torch, fit, load_encoder, torch_ranks
-from trainer.transformer import Encoder
+from trainer.train import (
+    LAST,
+    Fitted,
+    Share,
+    TrainingError,
+    check_device,
+    evaluate_torch,
+    fit,
+    load_encoder,
+    torch_ranks,
+)
 from trainer.warm import Published
 
 Say = Callable[[str], None]
+DECISIVE: Final = {"data", "model", "training"}
+"""Sections of the settings that decide the weights."""
+MACHINE: Final = {"accelerator", "threads"}
+"""Settings of training that decide them but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +74,31 @@ class Run:
         """Make the folder ready; whether what an earlier training left in it is kept.
 
         It is kept only with `resume`, and only if that training had the same settings, data and epochs: weights belong
-        to the item indices of their data.
+        to the item indices of their data. A finished training that had others gives way. Raises ConfigError for an
+        unfinished one, which somebody means to go on with.
         """
         mine = {"identity": identity(config, dataset), "epochs": epochs}
         kept = resume and self._started() == mine
+        if resume and not kept and not self.is_fitted() and (self.folder / LAST).is_file():
+            raise ConfigError(
+                f"{self.folder} holds an unfinished training, with {self._otherwise(config)}. Resume it with what it "
+                "had, take another --runs, or leave --resume out, which deletes it"
+            )
         if not kept and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save_config(config)
         self.write("started.json", mine)
         return kept
+
+    def _otherwise(self, config: RunConfig) -> str:
+        """How the training in the folder differs from `config`, in words."""
+        try:
+            had, has = (flat(c.model_dump(mode="json", include=DECISIVE)) for c in (self.config(), config))
+        except ConfigError:
+            return "other settings"
+        other = [f"{name}={had.get(name)} (now {value})" for name, value in has.items() if had.get(name) != value]
+        return ", ".join(other) or "other data, held-out events or epochs"
 
     def _started(self) -> dict[str, Any] | None:
         try:
@@ -123,12 +151,16 @@ class Run:
         return (self.folder / "fit.json").is_file()
 
     def check_data(self, dataset: Dataset) -> None:
-        """Raise TrainingError unless the run was trained on this very data."""
+        """Raise TrainingError unless the run was trained on these very events and fields of items."""
         trained_on, found = self.read("fit.json", "train")["data"], dataset.info().fingerprint
         if trained_on != found:
             raise TrainingError(
                 f"{self.folder} was trained on data {trained_on}, the source now gives {found}: "
                 "item indices would not fit; train again"
+            )
+        if self.read("started.json", "train")["identity"] != identity(self.config(), dataset):
+            raise TrainingError(
+                f"{self.folder} was trained on other fields of the items than there are now; train again"
             )
 
     def checkpoint(self) -> Path:
@@ -180,9 +212,9 @@ class Run:
 def identity(config: RunConfig, dataset: Dataset) -> str:
     """Hash of what decides the weights: events, metadata that the network reads, held-out events, network, training.
 
-    Name, index and publishing do not.
+    Name, index and publishing do not, nor the machine.
     """
-    settings = config.model_dump(mode="json", include={"data", "model", "training"})
+    settings = config.model_dump(mode="json", include=DECISIVE, exclude={"training": MACHINE})
     known = digest(dataset, config.model.metadata.fields)
     text = json.dumps([settings, config.evaluation.held_out, dataset.info().fingerprint, known], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -196,19 +228,26 @@ def train(
     *,
     epochs: int | None = None,
     resume: bool = False,
+    cold: bool = False,
     say: Say = print,
 ) -> Fitted:
     """Train one model on the split (early stopping) or on all events (`epochs` to the end).
 
-    Of several processes the first keeps the run's folder.
+    A `cold` start takes no weights of a bundle, whatever the settings say. Of several processes the first keeps the
+    run's folder. With `resume` a training that is over is not trained on.
     """
+    check_device(config.training.accelerator)
     run = Run.of(runs, config.name, which)
     sequences, validation = _part(config, dataset, which)  # before `start`: what cannot be split replaces no run
     epochs = epochs or _chosen_epochs(config, which, runs)
     features = features_of(dataset, sequences, config.model.metadata, config.model.hidden_units)
-    first = _first_weights(config, dataset, which, say)
+    published = None if cold else _warm(config, dataset, which, say)
+    first = None if published is None else lambda encoder: say(published.give(encoder, dataset.catalogue))
     mine = Share.mine()
-    kept = mine.by_first(lambda: run.start(config, dataset, epochs, resume=resume))
+    kept, over = mine.by_first(lambda: (run.start(config, dataset, epochs, resume=resume), run.is_fitted()))
+    if kept and over:
+        say(f"{config.name}: {run.folder} is trained already")
+        return restore(runs, config.name, which)[1]
     fitted = fit(
         config, len(dataset.catalogue), sequences, validation, run.folder,
         features=features, epochs=epochs, resume=kept, prepare=first,
@@ -217,8 +256,8 @@ def train(
     return fitted
 
 
-def _first_weights(config: RunConfig, dataset: Dataset, which: Fit, say: Say) -> Callable[[Encoder], None] | None:
-    """What gives the network its first weights, where they are not random.
+def _warm(config: RunConfig, dataset: Dataset, which: Fit, say: Say) -> Published | None:
+    """The published model that gives the network its first weights; None where these are random.
 
     A published model has most likely seen the events that a split holds out: its validation would be a memory.
     """
@@ -228,7 +267,7 @@ def _first_weights(config: RunConfig, dataset: Dataset, which: Fit, say: Say) ->
     if which == "split" and published.saw(dataset, split_of(dataset, config.evaluation)):
         say(f"{config.name}: {published.manifest.version} knows held-out events; the split is trained from the start")
         return None
-    return lambda encoder: say(published.give(encoder, dataset.catalogue))
+    return published
 
 
 def _chosen_epochs(config: RunConfig, which: Fit, runs: Path) -> int | None:
@@ -367,11 +406,12 @@ def _refit(
     *,
     resume: bool,
 ) -> tuple[dict[str, Candidate], Popularity]:
-    """Train again on all events for the epochs that validation chose."""
+    """Train again on all events for the epochs that validation chose, and from a cold start where it had one."""
     candidates = {}
     for name, (config, model) in fitted.items():
         say(f"{name}: training on all events, {model.epochs} epochs")
-        again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume, say=say)
+        cold = _warm(config, dataset, "split", lambda _: None) is None
+        again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume, cold=cold, say=say)
         exported = export(again.encoder, config)
         candidates[name] = replace(measured[name], exported=exported, fit="all", epochs=again.epochs)
     return candidates, everything(dataset)[1]
@@ -385,12 +425,7 @@ def publish_runs(
     for name in names:
         run = Run.of(runs, name, which)
         run.check_data(dataset)
-        metrics = Run.of(runs, name, "split").read("metrics.json", f"evaluate {name}")
-        if metrics["run"] != identity(run.config(), dataset):
-            raise TrainingError(
-                f"the metrics of {name} are those of other settings or data than {run.folder} was trained with: "
-                "train and evaluate the split with the same ones"
-            )
+        metrics = _metrics_of(runs, name, identity(run.config(), dataset), force=force)
         epochs = int(run.read("fit.json", "train")["epochs"])
         exported, file = run.exported(), run.index_file
         index = load_index(str(file), exported.spec.width, run.config().index.ef) if file.is_file() else None
@@ -398,14 +433,31 @@ def publish_runs(
     _one_protocol(candidates)
     split = split_of(dataset, candidates[names[0]].config.evaluation)
     popularity = everything(dataset)[1] if which == "all" else split.popularity
-    baseline = Run.of(runs, names[0], "split").read("baselines.json", f"evaluate {names[0]}")
+    measured = any(c.metrics for c in candidates.values())
+    baseline = Run.of(runs, names[0], "split").read("baselines.json", f"evaluate {names[0]}") if measured else {}
     target = publish(bundles, dataset, popularity, candidates, baseline, split.test, force=force)
     clear_out(bundles, candidates, say)
     return target
 
 
+def _metrics_of(runs: Path, name: str, wanted: str, *, force: bool) -> dict[str, Any]:
+    """The figures of the split fit of this identity; with `force` nothing where there are none. Raises TrainerError."""
+    run = Run.of(runs, name, "split")
+    if force and not (run.folder / "metrics.json").is_file():
+        return {}
+    metrics = run.read("metrics.json", f"evaluate {name}")
+    if metrics["run"] == wanted:
+        return metrics
+    if force:
+        return {}
+    raise TrainingError(
+        f"the metrics of {name} are those of other settings or data than it was trained with: train and evaluate the "
+        "split with the same ones, or publish without figures by --force"
+    )
+
+
 def _one_protocol(candidates: Mapping[str, Candidate]) -> None:
-    protocols = {str(c.metrics["protocol"]): name for name, c in candidates.items()}
+    protocols = {str(c.metrics["protocol"]): name for name, c in candidates.items() if c.metrics}
     if len(protocols) > 1:
         said = "; ".join(f"{name}: {protocol}" for protocol, name in protocols.items())
         raise TrainingError(f"these models were measured differently, evaluate them together: {said}")

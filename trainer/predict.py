@@ -29,6 +29,37 @@ class Excluded:
     without_history: int  # users answered by popularity
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A user's history as the service would have read it at their newest event."""
+
+    fed: IntArray  # rows of the data that feed the sequence
+    history: IntArray  # (L,) the bundle's indices of their items, without unknown ones
+    times: IntArray  # (L + 1,) when these happened, and last `as_of`
+    seen: IntArray  # the bundle's indices, sorted
+    timed: bool  # otherwise all of it has just happened, as for the service
+
+    @property
+    def as_of(self) -> int:
+        """The time asked about."""
+        return int(self.times[-1])
+
+
+def ask(dataset: Dataset, mapped: IntArray, user: int) -> Asked | None:
+    """What is asked about a user; None for one without events. `mapped`: see `to_bundle`."""
+    rows = np.arange(dataset.offsets[user], dataset.offsets[user + 1])
+    if not len(rows):
+        return None
+    newest = int(dataset.timestamp[rows[-1]])
+    timed = dataset.has_times and newest >= UNDATED
+    as_of = newest if timed else now()
+    fed, marked = rows[dataset.feeds[rows]], rows[dataset.seen[rows]]
+    known = fed[mapped[fed] > 0]
+    times = dataset.timestamp[known] if timed else np.full(len(known), as_of, np.int64)
+    seen = np.unique(mapped[marked])
+    return Asked(fed, mapped[known], np.append(times, as_of), seen[seen > 0], timed)
+
+
 def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.DataFrame, Excluded]:
     """Columns user_id, rank, item_id, score, as_of; `dataset` items are mapped to the bundle's by id.
 
@@ -41,36 +72,33 @@ def predict(bundle: Bundle, dataset: Dataset, name: str, k: int) -> tuple[pl.Dat
     rows: list[pl.DataFrame] = []
     unavailable = touched = replaced = lonely = 0
     for user, user_id in enumerate(dataset.users):
-        lo, hi = dataset.offsets[user], dataset.offsets[user + 1]
-        if lo == hi:
+        if (asked := ask(dataset, mapped, user)) is None:
             continue
-        item = mapped[lo:hi]
-        history, seen = item[dataset.feeds[lo:hi] & (item > 0)], np.unique(item[dataset.seen[lo:hi] & (item > 0)])
-        newest = int(dataset.timestamp[hi - 1])
-        clocked = dataset.has_times and newest >= UNDATED
-        as_of = newest if clocked else now()
-        scope = Scope(rule, as_of, seen)
-        hidden = items_hidden(rule, as_of)
+        scope = Scope(rule, asked.as_of, asked.seen)
+        hidden = items_hidden(rule, asked.as_of)
         unavailable, touched = unavailable + hidden, touched + (hidden > 0)
-        if len(history):
-            times = dataset.timestamp[lo:hi][dataset.feeds[lo:hi] & (item > 0)]
-            items, scores, late = _model_list(model, history, np.append(times, as_of), scope, everything, k)
+        if len(asked.history):
+            items, scores, late = _model_list(model, asked, scope, everything, k)
             replaced += late
         else:
             items, scores = popular_list(bundle, scope, k)
             lonely += 1
-        rows.append(_rows(bundle, user_id, items, scores, as_of if clocked else None))
+        rows.append(_rows(bundle, user_id, items, scores, asked.as_of if asked.timed else None))
     table = pl.concat(rows) if rows else _rows(bundle, "", np.zeros(0, np.int64), np.zeros(0), None)
     return table, Excluded(len(rows), unavailable, touched, replaced, lonely)
 
 
 def _rule(bundle: Bundle, dataset: Dataset) -> Availability:
-    """The bundle's availability, changed to what the data declares of the items that both know."""
+    """The bundle's availability, changed to what the data says of the items that both have rows of.
+
+    An item that only events name is as the bundle says: an event does not bring back what was withdrawn.
+    """
     changes = (
         ItemChange(
             i.item_id, None, None, None if declared == END else i.available_from, i.available_until, i.withdrawn, 0
         )
-        for i, declared in zip(dataset.catalogue.items, dataset.declared, strict=True)
+        for i, declared, listed in zip(dataset.catalogue.items, dataset.declared, dataset.listed, strict=True)
+        if listed
     )
     return Availability.of(bundle.catalogue).changed(bundle.catalogue, changes)
 
@@ -82,10 +110,10 @@ def to_bundle(bundle: Bundle, dataset: Dataset) -> IntArray:
 
 
 def _model_list(
-    model: Model, history: IntArray, times: IntArray, scope: Scope, everything: Availability, k: int
+    model: Model, asked: Asked, scope: Scope, everything: Availability, k: int
 ) -> tuple[IntArray, FloatArray, int]:
     """The user's list, and how many items of the list without the rule are not in it by the rule."""
-    (query,) = model.encoder.encode([history], [times])
+    (query,) = model.encoder.encode([asked.history], [asked.times])
     found = model.retriever.retrieve(query, k, scope)
     unruled = model.retriever.retrieve(query, k, Scope(everything, scope.as_of, scope.banned)).items
     late = int(np.count_nonzero(~scope.availability.allowed(unruled, scope.as_of)))

@@ -24,9 +24,9 @@ from shared.bundle import Bundle
 from shared.catalogue import Availability, Item
 from shared.events import IntArray
 from shared.retrieval import Scope
-from shared.times import BEGINNING, END, UNDATED, now, parse, render
+from shared.times import BEGINNING, END, parse, render
 from trainer.dataset import Dataset
-from trainer.predict import popular_list, to_bundle
+from trainer.predict import ask, popular_list, to_bundle
 
 TOLERANCE: Final = 1e-4
 """Scores that differ by no more are equal: batch size and padding change rounding."""
@@ -118,23 +118,17 @@ def cases(bundle: Bundle, dataset: Dataset, options: Options) -> Iterator[Case]:
     users = np.flatnonzero(np.diff(dataset.offsets))
     chosen = np.random.default_rng(options.seed).permutation(users)[: options.users]
     for user in np.sort(chosen):
-        rows = np.arange(dataset.offsets[user], dataset.offsets[user + 1])
-        newest = int(dataset.timestamp[rows[-1]])
-        timed = dataset.has_times and newest >= UNDATED
-        as_of = newest if timed else now()
-        fed = rows[dataset.feeds[rows]][-LONGEST:]
-        item_ids = [dataset.catalogue.items.ids[i - 1] for i in dataset.item[fed].tolist()]
-        known = fed[mapped[fed] > 0]
-        # Without times it has all just happened, for the service too.
-        times = dataset.timestamp[known] if timed else np.full(len(known), as_of, np.int64)
-        marked = rows[dataset.seen[rows] & (mapped[rows] > 0)]
+        if (asked := ask(dataset, mapped, int(user))) is None:
+            continue
+        fed = asked.fed[-LONGEST:]
+        known = int(np.count_nonzero(mapped[fed] > 0))
         yield Case(
             dataset.users[user],
-            item_ids,
-            dataset.timestamp[fed].tolist() if timed else None,
-            mapped[known],
-            np.append(times, as_of),
-            np.unique(mapped[marked]),
+            [dataset.catalogue.items.ids[i - 1] for i in dataset.item[fed].tolist()],
+            dataset.timestamp[fed].tolist() if asked.timed else None,
+            asked.history[len(asked.history) - known :],
+            asked.times[-known - 1 :],
+            asked.seen,
         )
 
 

@@ -14,12 +14,11 @@ import numpy as np
 
 from shared.events import IntArray
 from shared.times import DAY, END, UNDATED
-from trainer.config import RunConfig
+from trainer.config import RunConfig, flat
 from trainer.curves import read_epochs
 from trainer.dataset import Cases, Split
 from trainer.metrics import intervals, metrics
 from trainer.page import page
-from trainer.sources.config import SqlSource
 
 GROUPED: Final = ("ndcg@10", "hr@10")
 LENGTHS: Final = (1, 6, 11, 21, 51, 101, 201)  # first value of each group
@@ -68,7 +67,7 @@ def report(
             "item_age_days": groups(test, ranks, *_ages(split)),
         },
         "data": _data(split),
-        "settings": _flat(_settings(config)),
+        "settings": flat(config.model_dump(mode="json")),
     }
 
 
@@ -128,21 +127,3 @@ def _data(split: Split) -> dict[str, Any]:
 
 def _median(lengths: IntArray) -> float:
     return float(np.median(lengths)) if len(lengths) else 0.0
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    if isinstance(config.data.source, SqlSource):
-        values["data"]["source"]["url"] = "(as given)"  # may hold a password
-    return values
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """{"model": {"blocks": 2}} -> {"model.blocks": 2}, as a person would write it on the command line."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{path}{name}.")
-        else:
-            found[f"{path}{name}"] = value
-    return found

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from trainer.config import ConfigError, load_config
+from trainer.config import ConfigError, RunConfig, load_config
 from trainer.dataset import Dataset
 from trainer.pipeline import Say, train
 from trainer.train import InterruptedTrainingError, TrainingError
@@ -36,7 +36,7 @@ def plan(words: Sequence[str], most: int | None, seed: int = 0) -> list[tuple[st
 
     plan(["training.lr=1e-3,3e-4", "model.blocks=2,3"]) -> [("training.lr=1e-3", "model.blocks=2"), ...]
     """
-    choices = [[f"{key}={value.strip()}" for value in COMMA.split(values)] for key, _, values in map(_split, words)]
+    choices = [[f"{key}={value.strip()}" for value in COMMA.split(values)] for key, values in map(_split, words)]
     found = list(itertools.product(*choices))
     if most is not None and most < len(found):
         picked = np.sort(np.random.default_rng(seed).choice(len(found), most, replace=False))
@@ -44,17 +44,16 @@ def plan(words: Sequence[str], most: int | None, seed: int = 0) -> list[tuple[st
     return found
 
 
-def fixed(words: Sequence[str]) -> list[str]:
-    """The settings that are the same in all trials. Raises ConfigError where others are not of model or training."""
-    plan([w for w in words if COMMA.search(w)], None)
-    return [w for w in words if not COMMA.search(w)]
-
-
-def _split(word: str) -> tuple[str, str, str]:
+def _split(word: str) -> tuple[str, str]:
     key, _, values = word.partition("=")
     if not key.startswith(("model.", "training.")):
         raise ConfigError(f"{word}: a sweep is over settings of model and training; the data stays the same")
-    return key, "=", values
+    return key, values
+
+
+def fixed(words: Sequence[str]) -> list[str]:
+    """The settings that are the same in all trials."""
+    return [w for w in words if not COMMA.search(w)]
 
 
 def sweep(preset: str, words: Sequence[str], dataset: Dataset, runs: Path, most: int | None, say: Say) -> list[Trial]:
@@ -63,18 +62,17 @@ def sweep(preset: str, words: Sequence[str], dataset: Dataset, runs: Path, most:
     A sweep that was stopped goes on where it was: finished trials are not trained again.
     """
     trials, planned = [], plan([w for w in words if COMMA.search(w)], most)
-    for number, overrides in enumerate(planned, start=1):
+    # All of them now: a combination that cannot be is better known before the night than after it.
+    configs = [load_config(preset, [*fixed(words), *overrides]) for overrides in planned]
+    for number, (overrides, config) in enumerate(zip(planned, configs, strict=True), start=1):
         say(f"trial {number} of {len(planned)}: {' '.join(overrides) or 'the preset'}")
-        trials.append(_try(number, preset, fixed(words), overrides, dataset, runs, say))
+        trials.append(_try(number, config, overrides, dataset, runs, say))
         trials.sort(key=lambda t: -1.0 if t.score is None else t.score, reverse=True)
         _write(runs / "sweep.csv", trials)
     return trials
 
 
-def _try(
-    number: int, preset: str, same: list[str], overrides: tuple[str, ...], dataset: Dataset, runs: Path, say: Say
-) -> Trial:
-    config = load_config(preset, [*same, *overrides])
+def _try(number: int, config: RunConfig, overrides: tuple[str, ...], dataset: Dataset, runs: Path, say: Say) -> Trial:
     try:
         fitted = train(config, dataset, "split", runs / f"{number:03}", resume=True, say=say)
     except InterruptedTrainingError:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil, cos, pi
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from shared.events import IntArray
 from shared.sequences import LARGEST_BUCKET, pack, pack_slices, time_buckets
 from shared.tower import TowerSpec
-from trainer.config import RunConfig, TrainingConfig
+from trainer.config import RunConfig, TrainingConfig, flat
 from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
 from trainer.errors import TrainerError
@@ -37,6 +37,7 @@ from trainer.transformer import Encoder
 
 T = TypeVar("T")
 MONITOR: Final = "val_ndcg@10"
+LAST: Final = "last.ckpt"
 EVALUATION_BATCH: Final = 64
 
 
@@ -286,6 +287,14 @@ def evaluate_torch(encoder: Encoder, config: RunConfig, cases: Cases) -> dict[st
     return metrics(ranks, config.evaluation.cutoffs, part.user)
 
 
+def check_device(accelerator: str) -> None:
+    """Raise TrainingError where the settings ask for a device that torch does not find."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["gpu"] = any(there.values())
+    if not there.get(accelerator, True):
+        raise TrainingError(f"training.accelerator={accelerator}: torch finds none here; take auto or cpu")
+
+
 @dataclass(frozen=True)
 class Fitted:
     """A trained encoder, and how it came about."""
@@ -326,10 +335,10 @@ def fit(
     if prepare is not None:
         prepare(model.encoder)
     # Lightning's own `save_last` writes only when the best epoch changes; the newest state is to be kept each epoch.
-    newest = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    newest = _Checkpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     best = _best_checkpoint(config, folder, "train_loss" if validation is None else MONITOR)
     board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
-    board.log_hyperparams(_flat(config.model_dump(mode="json")), {f"best_{best.monitor}": 0.0})
+    board.log_hyperparams(_hparams(config), {f"best_{best.monitor}": 0.0})
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     trainer = pl.Trainer(
         default_root_dir=folder,
@@ -354,7 +363,7 @@ def fit(
         enable_model_summary=False,
         gradient_clip_val=config.training.gradient_clip or None,
     )
-    last = folder / "last.ckpt"
+    last = folder / LAST
     checkpoint = str(last) if resume and last.is_file() else None
     ask = DataLoader([0], batch_size=1) if validation is not None else None  # type: ignore[arg-type,var-annotated]
     # Its own generator: opening a loader must not move the one that dropout draws from.
@@ -362,7 +371,8 @@ def fit(
     try:
         trainer.fit(model, rows, ask, ckpt_path=checkpoint, weights_only=False)
     except SystemExit:  # Lightning's answer to Ctrl+C and to SIGTERM
-        raise InterruptedTrainingError(f"interrupted; go on with --resume (the last epoch is in {last})") from None
+        kept = f"the last whole epoch is in {last}" if last.is_file() else "its first epoch was not over"
+        raise InterruptedTrainingError(f"interrupted; go on with --resume ({kept})") from None
     found = _best(model, trainer, best, last)
     board.log_metrics({f"best_{best.monitor}": float(best.best_model_score or 0.0)}, trainer.global_step)
     board.finalize("success")
@@ -380,15 +390,10 @@ def _best(model: SequenceModel, trainer: pl.Trainer, saver: ModelCheckpoint, las
     return Fitted(model.encoder.cpu().eval(), int(saved["epoch"]) + 1, score, best)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
+def _hparams(config: RunConfig) -> dict[str, str | float | bool]:
     """Every setting under its dotted name, in the forms that TensorBoard's HPARAMS page takes."""
-    found: dict[str, str | float | bool] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value if isinstance(value, str | float | int) else json.dumps(value)
-    return found
+    settings = flat(config.model_dump(mode="json"))
+    return {name: v if isinstance(v, str | float | int) else json.dumps(v) for name, v in settings.items()}
 
 
 def load_encoder(checkpoint: Path) -> tuple[Encoder, RunConfig]:
@@ -415,9 +420,23 @@ class _EpochBatches(Callback):
         self.data.epoch = trainer.current_epoch
 
 
+class _Checkpoint(ModelCheckpoint):
+    """Knows its best epoch again when the folder was moved: Lightning keeps whole paths, and forgets it otherwise."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What an earlier training kept, with its files where they lie now."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+
+        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+
+
 def _best_checkpoint(config: RunConfig, folder: Path, monitor: str) -> ModelCheckpoint:
     by_loss = monitor == "train_loss"
-    return ModelCheckpoint(
+    return _Checkpoint(
         folder,
         filename=f"{config.model.kind}-{{epoch}}-{{{monitor}:.4f}}",
         monitor=monitor,

@@ -25,7 +25,7 @@ ColumnName = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class MinInteractions(_Strict):
@@ -57,11 +57,15 @@ class EventColumns(_Strict):
     """Which column of the events file holds what; only `user` and `item` are needed."""
 
     user: ColumnName
+    """Id of the user."""
     item: ColumnName
+    """Id of the item."""
     time: ColumnName | None = None
     """Epoch number or ISO 8601 text; without it the order of the file counts and time rules are off."""
     event_type: ColumnName | None = None
+    """What the user did; without it all events are of the one type that `event_type` beside `columns` names."""
     value: ColumnName | None = None
+    """Number that belongs to the event, a rating say."""
     order: ColumnName | None = None
     """Number that gives the arrival order of the events of one user; without it the order of the file counts."""
     keep: ColumnName | None = None
@@ -72,12 +76,17 @@ class ItemColumns(_Strict):
     """Which column of the items file holds what; only `id` is needed."""
 
     id: ColumnName
+    """Id of the item, as in the events."""
     title: ColumnName | None = None
+    """What the item is called."""
     available_from: ColumnName | None = None
+    """Time from which the item exists; without one its first event counts."""
     year: ColumnName | None = None
     """Year from which the item exists, meaning 1 January, UTC; instead of `available_from`."""
     available_until: ColumnName | None = None
+    """Time from which it exists no more."""
     withdrawn: ColumnName | None = None
+    """Boolean column: true for an item that must not be recommended."""
     categories: ColumnName | dict[FieldName, ColumnName] | None = None
     """`{field: column}`; a plain column name means the field `category`. Lists, or text with a separator."""
     vectors: dict[FieldName, ColumnName] = {}
@@ -102,6 +111,7 @@ class FilesSource(_Source):
 
     kind: Literal["files"]
     events: Path
+    """File of events, a row each."""
     columns: EventColumns
     format: FileFormat | None = None
     """Format of the events file, where its suffix does not say."""
@@ -112,9 +122,12 @@ class FilesSource(_Source):
     assume_utc: bool = False
     """Read times without an offset as UTC; otherwise their rows are bad."""
     items: Path | None = None
+    """File of items, a row each."""
     item_columns: ItemColumns | None = None
     items_format: FileFormat | None = None
+    """Format of the items file, where its suffix does not say."""
     categories_separator: Annotated[str, Field(min_length=1)] = "|"
+    """What stands between the categories of an item, where they are text."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -134,6 +147,7 @@ class FolderSource(_Source):
 
     kind: Literal["folder"]
     path: Path
+    """The folder."""
 
 
 class MovieLensSource(_Source):
@@ -141,6 +155,7 @@ class MovieLensSource(_Source):
 
     kind: Literal["movielens"]
     path: Path
+    """The folder."""
 
 
 class SqlSource(_Source):

@@ -9,6 +9,7 @@ The header is optional and every line has as many numbers as the first. A column
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,17 @@ def read_vectors(path: Path) -> ItemVectors:
 def vectors_in(path: Path) -> ItemVectors | None:
     """The vectors of a file such as `titles.tsv` that may also hold text; None where it does.
 
-    It holds vectors when every value is the same number of numbers, two at least.
+    It holds vectors when most lines are the same number of numbers, two at least. Raises UnreadableFileError that then
+    names a line which is not: as text, all of them would make strange titles.
     """
     table = _lines(path)
-    numbers = _numbers(table["value"].str.split(" "))
-    widths = numbers.list.len().unique()  # None where a line has no value
-    if len(numbers) and len(widths) == 1 and (widths[0] or 0) >= 2 and not _has_gap(numbers):
-        return ItemVectors(tuple(table["item"]), _array(numbers))
-    return None
+    texts = table["value"].str.split(" ")
+    numbers = _numbers(texts)
+    whole = (numbers.list.len() >= 2) & ~numbers.list.eval(pl.element().is_null()).list.any()
+    most = max(Counter(numbers.list.len().filter(whole).to_list()).values(), default=0)
+    if 2 * most <= len(whole):
+        return None
+    return _as_vectors(table["item"], texts, path.name, table["line"])
 
 
 def vectors_of_column(item_ids: pl.Series, column: pl.Series, what: str) -> ItemVectors:
@@ -116,11 +120,6 @@ def _numbers(texts: pl.Series) -> pl.Series:
     """Lists of f32, null where there is no finite number."""
     number = pl.element().cast(pl.Float32, strict=False)
     return texts.list.eval(pl.when(number.is_finite()).then(number)) if len(texts) else texts.cast(NUMBERS)
-
-
-def _has_gap(numbers: pl.Series) -> bool:
-    flat = numbers.explode(empty_as_null=True, keep_nulls=True)
-    return bool(flat.is_null().any())
 
 
 def _array(numbers: pl.Series) -> NDArray[np.float32]:
