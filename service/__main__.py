@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import difflib
 import os
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -33,9 +35,9 @@ from uvicorn.supervisors import Multiprocess
 from service.keys import KeyRing, KeysError, Scope, new_key
 from service.redis_child import RedisMissing, start_redis
 from service.settings import GRACE_SECONDS, PREFIX, Settings, markdown_table
-from shared.bundle import BundleError, current_version
+from shared.bundle import HOW_TO_PUBLISH, BundleError, current_version
 from shared.database import SchemaError, close, create_engine, is_migrated, is_passing, migrate
-from shared.erasure import Tombstones, read_tombstones
+from shared.erasure import Tombstones, TombstonesError, read_tombstones
 
 HUNG_SECONDS: Final = 15
 """A worker that does not answer the launcher for so long is replaced; imports on a busy machine take several."""
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         for found in error.errors():
             say(f"{PREFIX}{'.'.join(map(str, found['loc'])).upper()}: {found['msg']}")
-    except (RedisMissing, SchemaError, KeysError, SQLAlchemyError, OSError) as error:
+    except (RedisMissing, SchemaError, KeysError, TombstonesError, SQLAlchemyError, OSError) as error:
         say(str(error))
     return 1
 
@@ -88,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
 def say(text: str) -> None:
     """Tell the person at the terminal; stdout is for the commands that print a document."""
     print(text, file=sys.stderr, flush=True)
+
+
+def misspelt(names: Iterable[str]) -> list[str]:
+    """Words on variables that are almost settings: nobody reads them, and their owner believes otherwise."""
+    known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
+    near = {n: difflib.get_close_matches(n, known, 1, 0.85) for n in names if n.startswith(PREFIX) and n not in known}
+    return [f"{name} is no setting; did you mean {found[0]}?" for name, found in near.items() if found]
 
 
 def print_settings(_: Settings) -> int:
@@ -159,6 +168,8 @@ def run(settings: Settings) -> int:
     `service.main` is not imported here: workers are processes of their own, and prometheus_client looks for its
     folder when it is imported.
     """
+    for name in misspelt(os.environ):
+        say(name)
     refuse_taken_port(settings.host, settings.port)
     if settings.api_keys_file is not None:
         # Say here what workers would die of.
@@ -231,7 +242,7 @@ def greet(settings: Settings) -> None:
         version = current_version(settings.bundles)
     except BundleError as error:
         version = f"unusable: {error}"
-    publish = f"none in {settings.bundles}/ yet: python -m trainer run (it goes live without a restart)"
+    publish = f"none in {settings.bundles}/ yet; {HOW_TO_PUBLISH} (it goes live without a restart)"
     redis = "its own, for this run" if settings.redis_url is None else "as set"
     say(f"Upnext   {here}/docs   (API {here}, Ctrl-C stops it)")
     say(f"Bundle   {version or publish}")

@@ -33,7 +33,7 @@ from service.memory import trim, uncollected
 from service.metrics import Metrics
 from service.queries import QueryVectors
 from service.settings import Settings
-from shared.bundle import CURRENT, Bundle, BundleError, Model, current_version, previous_version
+from shared.bundle import CURRENT, HOW_TO_PUBLISH, Bundle, BundleError, Model, current_version, previous_version
 from shared.catalogue import Availability, Item, ItemChange, NewItems
 from shared.categories import Categories
 from shared.database import SchemaError, check_schema
@@ -47,7 +47,6 @@ log = logging.getLogger(__name__)
 FIRST_RETRY: Final = 5.0
 LAST_RETRY: Final = 300.0
 """Seconds before a bundle that could not be loaded is tried again; doubled each time."""
-HOW_TO_PUBLISH = "train and publish one: python -m trainer run"
 
 
 class Serving:
@@ -164,7 +163,9 @@ class Live:
         self.catalogue_failure: str | None = "the catalogue was not read yet"
         self.revision = 0  # all changes up to here are in force
         self.catalogue_read = False  # at least once
-        self._changes: dict[ItemId, ItemChange] = {}  # newest change of each item, for the next bundle
+        self._changes: dict[ItemId, ItemChange] = {}  # newest change of each item, but for those that were let go
+        self._again = False  # all changes are to be read once more
+        self._let_go = False  # rows from a file that give way to the live bundle: there may be one of each of its items
         self._former: WeakSet[Serving] = WeakSet()  # bundles that requests under way still answer from
         self._attempted: str | None = None  # what CURRENT held when it was last acted on
         self._retry_at = inf  # when a version that could not be loaded is tried again (monotonic seconds)
@@ -230,6 +231,17 @@ class Live:
             for serving in (self.serving, *self._former):
                 if serving is not None:
                     serving.apply(fresh)
+            self._let_go_of(fresh)
+
+    def _let_go_of(self, changes: Iterable[ItemChange]) -> None:
+        """Forget changes that give way to the live bundle; a later bundle without their items has them read again."""
+        loaded = [change.item_id for change in changes if change.loaded]
+        if self.serving is None or not loaded:
+            return
+        published = self.serving.bundle.catalogue.index_by_id.of_ids(loaded)
+        for item_id in (item_id for item_id, index in zip(loaded, published, strict=True) if index):
+            del self._changes[item_id]
+            self._let_go = True
 
     def change_of(self, item_id: ItemId) -> ItemChange | None:
         """The item's change that is in force here."""
@@ -250,13 +262,15 @@ class Live:
 
     async def follow_catalogue(self) -> None:
         """Fetch and apply what changed since the last time."""
+        again, self._again = self._again, False
         try:
             if not self.catalogue_read:
-                with database_failures_as(CatalogueUnavailable):
+                with database_failures_as(CatalogueUnavailable, self.metrics.failed):
                     async with asyncio.timeout(READ_SECONDS):  # the start of the worker waits for it
                         await check_schema(self.catalogue.engine)
-            revision, changes = await self.catalogue.changes_since(self.revision)
+            revision, changes = await self.catalogue.changes_since(0 if again else self.revision)
         except (CatalogueUnavailable, SchemaError, SQLAlchemyError, OSError) as error:
+            self._again |= again
             reason = str(error) if isinstance(error, SchemaError) else "the database cannot be read"
             if self.catalogue_failure != reason:  # once, not with every try
                 log.warning("the live catalogue cannot be read: %s", error)
@@ -268,6 +282,10 @@ class Live:
 
     async def follow_bundle(self) -> None:
         """Load what CURRENT names, if that is news. A bundle that cannot be served leaves the old one live."""
+        await self._follow_bundle()
+        self.metrics.bundle_current.set(self.is_current)
+
+    async def _follow_bundle(self) -> None:
         if self.serving is not None:
             self.metrics.coverage.set(self.serving.answered.share)
         folder = self.settings.bundles
@@ -322,7 +340,10 @@ class Live:
         if self.serving is not None:
             self._former.add(self.serving)
             self.metrics.bundle_workers.labels(self.serving.bundle.version).set(0)
+            items, others = (one.bundle.catalogue.index_by_id for one in (self.serving, serving))
+            self._again |= self._let_go and not items.is_within(others)
         self.serving = serving
+        self._let_go_of(list(self._changes.values()))
         self.metrics.bundle_workers.labels(version).set(1)
         self.metrics.bundle_created.set(serving.created / SECOND)
         self.metrics.bundle_loaded.set(time.time())

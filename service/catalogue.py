@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import null, select, update
+from sqlalchemy import null, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.commit import SECONDS as WRITE_SECONDS
 from service.history import database_failures_as, reading
+from service.redis_line import Failed
 from shared.catalogue import ItemChange
 from shared.database import catalogue_revision, items
 from shared.events import ItemId
 
 _COLUMNS: Final = tuple(items.c[name] for name in ItemChange.__dataclass_fields__)
+_PLACE: Final = (items.c.revision, items.c.item_id)
+PAGE: Final = 5_000
 _NEXT: Final = (
     update(catalogue_revision)
     .where(catalogue_revision.c.id == 1)
@@ -45,16 +49,19 @@ class Fields(NamedTuple):
 
 
 class LiveCatalogue:
-    """Reads and writes the table `items`. All methods raise CatalogueUnavailable when SQL fails."""
+    """Reads and writes the table `items`. All methods raise CatalogueUnavailable when SQL fails; `failed` is told."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: AsyncEngine, *, failed: Failed = lambda _: None) -> None:
+        self.engine, self.failed = engine, failed
         self._upsert_into = (sqlite if engine.dialect.name == "sqlite" else postgresql).insert(items)
 
     async def get(self, item_id: ItemId) -> ItemChange | None:
         """The item's row; None when nothing was changed since the bundle."""
-        async with reading(self.engine, CatalogueUnavailable) as connection:
+        async with self._reading() as connection:
             return await self._row(connection, item_id)
+
+    def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        return reading(self.engine, CatalogueUnavailable, self.failed)
 
     @staticmethod
     async def _row(connection: AsyncConnection, item_id: ItemId) -> ItemChange | None:
@@ -66,7 +73,7 @@ class LiveCatalogue:
 
         What `decide` raises is raised here, and nothing is written.
         """
-        with database_failures_as(CatalogueUnavailable):
+        with database_failures_as(CatalogueUnavailable, self.failed):
             async with asyncio.timeout(WRITE_SECONDS), self.engine.begin() as connection:
                 revision = (await connection.execute(_NEXT)).scalar_one()  # from here on nobody else writes
                 chosen = decide(await self._row(connection, item_id))
@@ -83,13 +90,23 @@ class LiveCatalogue:
     async def changes_since(self, revision: int) -> tuple[int, list[ItemChange]]:
         """The catalogue's revision, and all rows changed after `revision`, oldest change first.
 
-        The revision is read first: a change that commits between the two reads comes again next time.
+        The revision is read first: a change that commits between the reads comes again next time. Rows are read PAGE by
+        PAGE, each with its own time: a loaded catalogue is a long answer. A row that changes meanwhile moves to the
+        end, so it is not missed.
         """
-        query = select(*_COLUMNS).where(items.c.revision > revision).order_by(items.c.revision)
-        async with reading(self.engine, CatalogueUnavailable) as connection:
+        async with self._reading() as connection:
             current: int = (await connection.execute(select(catalogue_revision.c.revision))).scalar_one()
-            rows = (await connection.execute(query)).all() if current != revision else []
-        return current, [_change(row) for row in rows]
+        found: list[ItemChange] = []
+        later = items.c.revision > revision
+        while current != revision:
+            query = select(*_COLUMNS).where(later).order_by(*_PLACE).limit(PAGE)
+            async with self._reading() as connection:
+                rows = (await connection.execute(query)).all()
+            found += map(_change, rows)
+            if len(rows) < PAGE:
+                break
+            later = tuple_(*_PLACE) > (found[-1].revision, found[-1].item_id)
+        return current, found
 
 
 def _change(row: Any) -> ItemChange:

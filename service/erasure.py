@@ -63,7 +63,7 @@ class Eraser:
     async def erase(self, user_id: str) -> Erasure:
         """Erase all events of the user; again, those that came since. Raises ErasureUnavailable, ErasureUnknown."""
         try:
-            with database_failures_as(ErasureUnavailable):
+            with database_failures_as(ErasureUnavailable, self.histories.failed):
                 async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
                     if not await has_erasure(connection):
                         raise ErasureUnknown

@@ -20,6 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 
+from shared.bundle import HOW_TO_PUBLISH
+
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -152,14 +154,14 @@ class NoBundle(Unavailable):
     """Nothing was published yet, or nothing that could be loaded."""
 
     code, title, retry_after = "no_bundle", "No bundle", 10
-    example = "No bundle is loaded yet. Train and publish one: python -m trainer run"
+    example = f"No bundle is loaded yet; {HOW_TO_PUBLISH}"
 
 
 class NotReady(Unavailable):
     """The worker cannot answer yet."""
 
     code, title = "not_ready", "Not ready"
-    example = "No bundle is loaded yet. Train and publish one: python -m trainer run"
+    example = f"No bundle is loaded yet; {HOW_TO_PUBLISH}"
 
 
 class HistoryDown(Unavailable):

@@ -42,6 +42,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service import redis_line
+from service.bulkhead import Bulkhead
 from service.log_reader import reader_for
 from service.redis_cluster import ClusterLines, RedisCluster
 from service.redis_line import Command, Failed, Greeting, RedisDown, RedisLine, script
@@ -160,20 +161,21 @@ class HistoryUnavailable(Exception):  # noqa: N818 - says what it is
 
 
 @contextmanager
-def database_failures_as(error: type[Exception]) -> Iterator[None]:
+def database_failures_as(error: type[Exception], failed: Failed) -> Iterator[None]:
     """Turn a database that cannot serve now (unreachable, locked, full) into `error`; mistakes in a statement stay."""
     try:
         yield
     except (IntegrityError, ProgrammingError, DataError):
         raise
     except (DBAPIError, PoolTimeoutError, OSError, sqlite3.Error) as cause:
+        failed("database")
         raise error(f"{type(cause).__name__}: {cause}".splitlines()[0]) from cause
 
 
 @asynccontextmanager
-async def reading(engine: AsyncEngine, error: type[Exception]) -> AsyncIterator[AsyncConnection]:
+async def reading(engine: AsyncEngine, error: type[Exception], failed: Failed) -> AsyncIterator[AsyncConnection]:
     """A connection to read by, for READ_SECONDS in all. Failures and slowness become `error`."""
-    with database_failures_as(error):
+    with database_failures_as(error, failed):
         async with asyncio.timeout(READ_SECONDS), engine.connect() as connection:
             yield connection
 
@@ -266,7 +268,7 @@ class HistoryStore:
         self.redis, self.engine, self.ttl, self.empty_ttl, self.window = redis, engine, ttl, empty_ttl, window
         self.failed = failed
         self._line = RedisLine(redis, failed) if isinstance(redis, Redis) else ClusterLines(redis, failed)
-        self._log, self._readers = reader_for(engine), asyncio.Semaphore(READERS)
+        self._log, self._readers, self._bulkhead = reader_for(engine), asyncio.Semaphore(READERS), Bulkhead()
         self._rebuilds: dict[bytes, asyncio.Task[_Entry]] = {}  # by marker
         # Users whose entry may lack an event that was acknowledged here, and the number of the last such event.
         self._dirty: dict[str, int] = {}
@@ -416,13 +418,9 @@ class HistoryStore:
         self, user_id: str, policy: HistoryPolicy, as_of: int | None = None, *, whole: bool = False
     ) -> _Entry:
         """The entry as the log has it now. Raises HistoryUnavailable."""
-        try:
-            with database_failures_as(HistoryUnavailable):
-                async with asyncio.timeout(READ_SECONDS), self._readers:
-                    rows = await self._log.rows(user_id, as_of)
-        except HistoryUnavailable:
-            self.failed("database")
-            raise
+        with self._bulkhead.place(HistoryUnavailable), database_failures_as(HistoryUnavailable, self.failed):
+            async with asyncio.timeout(READ_SECONDS), self._readers:
+                rows = await self._log.rows(user_id, as_of)
         return _entry_of(rows, policy, len(rows) if whole else self.window)
 
 

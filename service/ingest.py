@@ -31,6 +31,7 @@ from typing import Final, Literal, Self
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from service.bulkhead import Bulkhead
 from service.commit import Identity, Log, Row, WriteFailed, writer_for
 from service.history import HistoryStore, reading
 from shared import times
@@ -208,6 +209,7 @@ class EventLog:
     def __init__(self, engine: AsyncEngine, histories: HistoryStore) -> None:
         self.engine, self.histories = engine, histories
         self._writer = writer_for(engine)
+        self._bulkhead = Bulkhead()
         self._waiting: deque[_Request] = deque()
         self._writing: asyncio.Task[None] | None = None
         self._reaching: set[asyncio.Task[None]] = set()  # groups on their way to the cache
@@ -251,7 +253,10 @@ class EventLog:
         """
         if not events:
             return []
-        request = _Request(events, policy, now)
+        with self._bulkhead.place(LogUnavailable):
+            return await self._write(_Request(events, policy, now))
+
+    async def _write(self, request: _Request) -> list[Accepted]:
         self._waiting.append(request)
         if self._writing is None:
             self._writing = asyncio.create_task(self._write_waiting())
@@ -268,7 +273,7 @@ class EventLog:
         """The user's newest `limit` events, oldest first. Raises LogUnavailable."""
         order = (events.c.timestamp.desc(), events.c.seq.desc())
         query = select(*_LOGGED).where(events.c.user_id == user_id).order_by(*order).limit(limit)
-        async with reading(self.engine, LogUnavailable) as connection:
+        async with reading(self.engine, LogUnavailable, self.histories.failed) as connection:
             rows = (await connection.execute(query)).all()
         return [LoggedEvent(*row) for row in reversed(rows)]
 
@@ -282,7 +287,7 @@ class EventLog:
         due = (box.written <= now - OVERDUE) & (box.seq >= LATE) | (box.written <= now - LAST_DROP)
         overdue = due | (box.written > now + OVERDUE)
         query = select(box.seq, box.user_id).where(overdue).order_by(box.seq).limit(SWEEP_ROWS)
-        async with reading(self.engine, LogUnavailable) as connection:
+        async with reading(self.engine, LogUnavailable, self.histories.failed) as connection:
             rows = (await connection.execute(query)).all()
         users = {row.user_id for row in rows}
         if EVERYBODY in users and not await self.histories.drop_all():

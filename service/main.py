@@ -47,7 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     keys = KeyRing(settings.api_keys_file, settings.api_key)
     limit = None
     if settings.rate_limit is not None and settings.redis_url is not None:
-        limit = RateLimit(parse_rate(settings.rate_limit), settings.redis_url)
+        limit = RateLimit(parse_rate(settings.rate_limit), settings.redis_url, failed=metrics.failed)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -100,9 +100,9 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         create = create_cluster if is_cluster(settings.redis_url) else create_redis
         redis = create(settings.redis_url)
         stack.push_async_callback(redis.aclose)
-        histories = HistoryStore(redis, engine, failed=lambda which: metrics.count(metrics.dependency_failures, which))
+        histories = HistoryStore(redis, engine, failed=metrics.failed)
         log = await stack.enter_async_context(EventLog(engine, histories))
-        catalogue = LiveCatalogue(engine)
+        catalogue = LiveCatalogue(engine, failed=metrics.failed)
         live = await stack.enter_async_context(Live(settings, catalogue, metrics))
         recommender = Recommender(live, histories, candidates=settings.candidates, default_model=settings.default_model)
         stack.callback(recommender.shutdown)

@@ -71,6 +71,10 @@ class Metrics:
             "upnext_bundle_workers", "Workers that answer from this bundle.", ["version"],
             registry=registry, multiprocess_mode="livesum",
         )  # fmt: skip
+        self.bundle_current = Gauge(
+            "upnext_bundle_current", "1 while every worker answers from the bundle that CURRENT names, else 0.",
+            registry=registry, multiprocess_mode="livemin",
+        )  # fmt: skip
         self.bundle_created = Gauge(
             "upnext_bundle_created_timestamp_seconds", "When the oldest live bundle was made.",
             registry=registry, multiprocess_mode="livemin",
@@ -95,6 +99,10 @@ class Metrics:
         """Add to a counter."""
         key = (counter, labels)
         self._counted[key] = self._counted.get(key, 0) + amount
+
+    def failed(self, dependency: str) -> None:
+        """Count a call to `redis` or the `database` that failed."""
+        self.count(self.dependency_failures, dependency)
 
     def observe(self, histogram: Histogram, value: float, *labels: str) -> None:
         """Add one value (seconds) to a histogram."""

@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 
 from service.errors import RateLimited
 from service.redis_cluster import is_cluster, nodes_of, url_of
+from service.redis_line import Failed
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,13 @@ def parse_rate(text: str) -> RateLimitItem:
 
 
 class RateLimit:
-    """The same limit for each caller. `redis_url` as for the history cache; `timeout` in seconds."""
+    """The same limit for each caller. `redis_url` as for the history cache; `timeout` in seconds; `failed` is told
+    of each call that failed."""
 
-    def __init__(self, rate: RateLimitItem, redis_url: str, *, timeout: float = 0.05) -> None:
-        self.rate = rate
+    def __init__(
+        self, rate: RateLimitItem, redis_url: str, *, timeout: float = 0.05, failed: Failed = lambda _: None
+    ) -> None:
+        self.rate, self.failed = rate, failed
         self._redis, storage = _clients(redis_url, timeout)
         self._windows = FixedWindowRateLimiter(storage)
         self._patience = PATIENCE * timeout
@@ -63,6 +67,7 @@ class RateLimit:
             except Exception as error:  # errors of a cluster's client are no RedisError, and its bugs refuse nobody
                 self._paused_until = time.monotonic() + PAUSE
                 self._used_up.clear()  # nobody is refused by what a Redis that is gone has said
+                self.failed("redis")
                 log.warning("Redis cannot be used, requests are not counted: %r", error)
                 return
             if left is None:

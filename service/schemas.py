@@ -22,7 +22,7 @@ from pydantic import (
 from service.recommend import Brought, Question
 from shared import times
 from shared.categories import Where
-from shared.events import ID_PATTERN
+from shared.events import EVENT_TYPE_PATTERN, ID_PATTERN
 
 MAX_N: Final = 100
 MAX_EXCLUDE: Final = 100
@@ -323,7 +323,7 @@ class EventBody(StrictBody):
     event_id: Id | None = Field(None, description="Makes a retry safe. Absent: a new event each time.")
     user_id: Id
     item_id: Id
-    event_type: str = Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="For instance view, like, purchase.")
+    event_type: str = Field(pattern=EVENT_TYPE_PATTERN, description="For instance view, like, purchase.")
     value: float | None = Field(None, strict=True, allow_inf_nan=False, description="For instance a rating.")
     timestamp: Time | None = Field(None, description="When it happened; absent: now. At most 5 s in the future.")
     recommendation_id: Id | None = Field(None, description="The answer that led to the event.")

@@ -47,6 +47,7 @@ from shared.times import BEGINNING, END, parse, render_bound
 SCHEMA_VERSION: Final = 2
 READABLE_VERSIONS: Final = (1, 2)
 VERSION_PATTERN: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
+HOW_TO_PUBLISH: Final = "train and publish one: python -m trainer run <preset or file.yaml>"
 CURRENT: Final = "CURRENT"
 PREVIOUS: Final = "PREVIOUS"
 MANIFEST: Final = "manifest.json"

@@ -158,6 +158,10 @@ class Numbering(Mapping[ItemId, ItemIndex]):
         found = zip(self.of_keys(item_keys(item_ids)).tolist(), item_ids, strict=True)
         return [index if index and self._ids[index - 1] == item_id else 0 for index, item_id in found]
 
+    def is_within(self, other: Numbering) -> bool:
+        """Whether the other one numbers all of these items too, by their keys."""
+        return bool(other.of_keys(self._known).all())
+
     def of_keys(self, keys: KeyArray) -> IntArray:
         """Item index of each key, (E,); 0 where there is no such item."""
         if not len(self._known):

@@ -33,6 +33,8 @@ ItemIndex = int
 ID_PATTERN: Final = r"^[A-Za-z0-9_.:@+=~|-]{1,256}$"
 _ID = re.compile(r"[A-Za-z0-9_.:@+=~|-]{1,256}")
 
+EVENT_TYPE_PATTERN: Final = r"^[A-Za-z0-9_.:-]{1,64}$"
+
 MANY: Final = 100_000  # events from which it is worth looking for a faster way to sort
 
 DEFAULT_TYPES: Final = ("view", "click", "play", "read", "like", "rating", "cart", "purchase")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
+from service import bulkhead
 from service.commit import SqliteWriter
 from service.ingest import OVERDUE
 from shared import times
@@ -248,7 +249,7 @@ def postgres_of_module() -> Iterator[PostgresServer]:
 
 @asynccontextmanager
 async def on_postgres(
-    folder: Path, redis: RedisServer, postgres: PostgresServer, proxy: Proxy | None = None
+    folder: Path, redis: RedisServer, postgres: PostgresServer, proxy: Proxy | None = None, **settings: Any
 ) -> AsyncIterator[Running]:
     url = await postgres.new_database()
     engine = create_engine(url)
@@ -257,7 +258,7 @@ async def on_postgres(
     if proxy is not None:
         name = url.split("?")[0].rsplit("/", 1)[1]
         url = f"postgresql://postgres@127.0.0.1:{proxy.port}/{name}"
-    async with serving(folder, redis, cyclic(N), database_url=url, **QUICK) as upnext:
+    async with serving(folder, redis, cyclic(N), database_url=url, **QUICK, **settings) as upnext:
         yield upnext
 
 
@@ -328,6 +329,30 @@ async def test_postgresql_hangs(
         finally:
             postgres_of_module.thaw()
         await assert_the_database_is_back(upnext)
+
+
+@fault("PostgreSQL hangs")
+async def test_those_who_wait_for_a_hanging_database_leave_places_for_others(
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.bulkhead.FEW", 4)
+    async with on_postgres(tmp_path, redis_server, postgres_of_module, max_in_flight=16) as upnext:
+        await upnext.view("u", "3")
+        await again(cached, upnext)
+        postgres_of_module.freeze()
+        try:
+            held = [asyncio.create_task(upnext.http.post("/events", json=view(f"e{n}", "7"))) for n in range(4)]
+            held += [asyncio.create_task(upnext.http.get(f"/recommend/r{n}")) for n in range(4)]
+            await asyncio.sleep(2 * bulkhead.SLOW)
+            for n in range(40):  # more than there are places
+                response = await upnext.http.post("/events", json=view(f"f{n}", "7"))
+                assert_problem(response, 503, "log_unavailable")
+                assert (await upnext.ask(f"s{n}"))["strategy"] == "degraded"
+            assert await next_of(upnext, "u") == ("4", "cache")
+        finally:
+            postgres_of_module.thaw()
+        await asyncio.gather(*held)
+        await again(takes_events, upnext)
 
 
 @fault("PostgreSQL is slow")

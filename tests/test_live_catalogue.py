@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.catalogue import CatalogueUnavailable, Fields, LiveCatalogue
 from shared.catalogue import ItemChange
-from shared.database import create_engine, items
+from shared.database import catalogue_revision, create_engine, items
 from tests.serving import put_row
 
 
@@ -54,6 +54,21 @@ async def test_changes_since_a_revision(catalogue: LiveCatalogue) -> None:
     assert await catalogue.changes_since(0) == (3, [b, a])
     assert await catalogue.changes_since(2) == (3, [a])
     assert await catalogue.changes_since(3) == (3, [])
+
+
+async def test_changes_come_in_pages(
+    catalogue: LiveCatalogue, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.catalogue.PAGE", 3)
+    loaded = [{"item_id": f"i{n}", "withdrawn": False, "revision": 1, "loaded": True} for n in range(7)]
+    async with engine.begin() as connection:
+        await connection.execute(items.insert(), loaded)
+        await connection.execute(catalogue_revision.update().values(revision=1))
+    await put_row(catalogue, "i3")
+    revision, changes = await catalogue.changes_since(0)
+    assert revision == 2
+    assert [c.item_id for c in changes] == ["i0", "i1", "i2", "i4", "i5", "i6", "i3"]
+    assert [c.item_id for c in (await catalogue.changes_since(1))[1]] == ["i3"]
 
 
 async def test_a_follower_misses_no_change_of_concurrent_writers(catalogue: LiveCatalogue) -> None:

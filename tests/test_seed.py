@@ -84,6 +84,16 @@ async def test_a_later_load_brings_loaded_items_up_to_date(engine: AsyncEngine) 
     assert sorted(found) == [("a", "A2", True, True), ("b", None, True, True)]
 
 
+async def test_what_a_later_load_says_again_is_no_change(engine: AsyncEngine) -> None:
+    several = [*ITEMS, {"item_id": "c", "title": "C", "categories": ["genre:x", "genre:y"]}]
+    await load(engine, raw(EVENTS, several))
+    first = dict(await rows(engine, select(items.c.item_id, items.c.revision)))
+    several[2] = {**several[2], "categories": ["genre:y"]}
+    await load(engine, raw(EVENTS, several))
+    second = dict(await rows(engine, select(items.c.item_id, items.c.revision)))
+    assert {name for name, revision in second.items() if revision > first[name]} == {"c"}
+
+
 async def test_ids_come_from_content_so_that_another_export_of_the_table_adds_what_is_new(engine: AsyncEngine) -> None:
     assert await load(engine, raw([*EVENTS, EVENTS[0]])) == len(EVENTS) + 1, "equal events are events of their own"
     assert await load(engine, raw([*EVENTS[1:], EVENTS[0], ("w", "a", START)])) == 1

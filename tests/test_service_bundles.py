@@ -208,6 +208,29 @@ async def test_a_loaded_row_gives_way_to_the_bundle_and_a_call_does_not(
         assert (await upnext.bring(["1"], n=1))["items"][0]["title"] == "called"
 
 
+async def test_loaded_rows_that_a_bundle_has_take_no_memory_and_count_where_the_next_one_lacks_them(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    async with serving(tmp_path, redis_server, cyclic(12), **QUICK) as upnext:
+        live = upnext.services.live
+        loaded = [{"item_id": f"{n}", "title": f"Loaded {n}", "withdrawn": False, "revision": 9, "loaded": True}
+                  for n in range(10, 15)]  # fmt: skip
+        async with upnext.services.catalogue.engine.begin() as connection:
+            await connection.execute(catalogue_revision.update().values(revision=9))
+            await connection.execute(items.insert(), loaded)
+        await until(lambda: live.revision == 9)
+        assert [n for n in range(1, 15) if live.change_of(f"{n}")] == [13, 14], "10 to 12 are the bundle's"
+        assert json_of(await upnext.http.get("/items/10"))["revision"] is None
+        assert json_of(await upnext.http.get("/items/13"))["revision"] == 9
+
+        write_bundle(tmp_path / "bundles", cyclic(11), version="fewer")
+        await until(lambda: live.change_of("12") is not None)
+        assert live.change_of("11") is None
+        found = json_of(await upnext.http.get("/items/12"))
+        assert (found["title"], found["in_bundle"], found["revision"]) == ("Loaded 12", False, 9)
+        assert "12" in await upnext.ids("nobody", n=100)
+
+
 async def test_only_a_bad_bundle(tmp_path: Path, redis_server: RedisServer) -> None:
     path = write_bundle(tmp_path / "bundles", cyclic())
     (path / "items.jsonl").write_text("")

@@ -23,7 +23,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 
-from service.__main__ import migrate_if_there
+from service.__main__ import migrate_if_there, misspelt
 from service.redis_child import RedisMissing, _answers, find_redis, start_redis
 from service.settings import Settings
 from shared.database import create_engine, events
@@ -801,3 +801,8 @@ def test_commands(folder: Path, arguments: list[str], settings: dict[str, str], 
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_variable_that_is_almost_a_setting_is_told() -> None:
+    names = ["UPNEXT_RATELIMIT", "UPNEXT_PORT", "UPNEXT_SERVICE_HOST", "UPNEXT_PORT_8000_TCP", "PATH", "UPNEXT_URL"]
+    assert misspelt(names) == ["UPNEXT_RATELIMIT is no setting; did you mean UPNEXT_RATE_LIMIT?"]

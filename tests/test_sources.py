@@ -116,6 +116,15 @@ def test_csv_keeps_row_order_and_reads_every_column(write: WriteFile) -> None:
     assert raw.report.notes == ("time: numbers are read as seconds since 1970 (time_unit sets it)",)
 
 
+def test_a_type_that_the_service_would_not_take_is_a_bad_row(write: WriteFile) -> None:
+    file = write("e.csv", "u,i,e\nb,2,view\na,1,add to cart\n")
+    with pytest.raises(TooManyBadRowsError, match="event type is not 1 to 64 letters"):
+        load_csv(file)
+    columns = {"user": "u", "item": "i", "event_type": "e"}
+    kept = load("files", events=str(file), columns=columns, max_bad_rows=0.5)
+    assert kept.events.rows()[0][:3] == ("b", "2", "view")
+
+
 def test_tsv_parquet_and_csv_give_the_same_events(write: WriteFile, tmp_path: Path) -> None:
     text = "u,i,t\n1,10,1700000000\n2,20,1700000001\n"
     parquet = tmp_path / "e.parquet"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import polars as pl
-from sqlalchemy import Table, delete, func, literal, select, update
+from sqlalchemy import JSON, Table, Text, and_, cast, delete, func, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -72,7 +72,11 @@ async def _seed_items(engine: AsyncEngine, raw: RawData) -> None:
         return
     insert = _insert(engine, items)
     changed = {c.name: insert.excluded[c.name] for c in items.c if c.name != "item_id"}
-    upsert = insert.on_conflict_do_update(index_elements=[items.c.item_id], set_=changed, where=items.c.loaded)
+    # What is as it was keeps its revision: workers fetch what has a new one.
+    told = [c for c in items.c if c.name not in ("item_id", "revision", "loaded")]
+    other = or_(*(_text(c).is_distinct_from(_text(insert.excluded[c.name])) for c in told))
+    where = and_(items.c.loaded, other)
+    upsert = insert.on_conflict_do_update(index_elements=[items.c.item_id], set_=changed, where=where)
     async with engine.begin() as connection:
         # One revision for the whole load; taking it first makes other catalogue writers wait.
         bumped = update(catalogue_revision).values(revision=catalogue_revision.c.revision + 1)
@@ -80,6 +84,11 @@ async def _seed_items(engine: AsyncEngine, raw: RawData) -> None:
         rows = [{**row, "revision": revision, "loaded": True} for row in raw.items.iter_rows(named=True)]
         for start in range(0, len(rows), CHUNK):
             await connection.execute(upsert, rows[start : start + CHUNK])
+
+
+def _text(column: Any) -> Any:
+    """What tells two values of a column apart: PostgreSQL compares no JSON."""
+    return cast(column, Text) if isinstance(column.type, JSON) else column
 
 
 async def _seed_events(engine: AsyncEngine, raw: RawData, key: bytes, started: int, say: Callable[[str], None]) -> int:

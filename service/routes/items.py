@@ -231,7 +231,7 @@ def shown(item_id: str, change: ItemChange | None, live: Live) -> dict[str, Any]
         "withdrawn": item.withdrawn,
         "available": exists,
         "in_bundle": serving is not None and item_id in serving.bundle.catalogue.index_by_id,
-        "revision": None if change is None else change.revision,
+        "revision": change.revision if change is not None and (serving is None or serving.obeys(change)) else None,
     }
 
 

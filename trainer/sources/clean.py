@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from shared.events import ID_PATTERN
+from shared.events import EVENT_TYPE_PATTERN, ID_PATTERN
 from trainer.sources.config import TimeUnit
 from trainer.sources.errors import EmptySourceError, InvalidSourceError, TooManyBadRowsError
 from trainer.sources.report import BELOW_MINIMUM, EVENTS_SCHEMA, ITEMS_SCHEMA, BadRows, TableReport
@@ -66,7 +66,11 @@ def clean_events(
     rules += [Rule("no time", "time", pl.col("time").is_null()), *time_rules] if time_rules else []
     notes += time_notes
     frame = _with_type(frame, event_type)
-    rules.append(Rule("no event type", "event_type", pl.col("event_type").is_null()))
+    kind = pl.col("event_type")
+    rules.append(Rule("no event type", "event_type", kind.is_null()))
+    # What POST /events does not take, no user of the service would ever have in their history.
+    strange = "event type is not 1 to 64 letters, digits and _ . : -"
+    rules.append(Rule(strange, "event_type", ~kind.str.contains(EVENT_TYPE_PATTERN)))
     frame = frame.with_columns(number=_number(frame, "value"), rank=_rank(frame))
     if "value" in frame.columns:
         rules.append(Rule("value is not a number", "value", _present(frame, "value") & pl.col("number").is_null()))
