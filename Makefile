@@ -44,6 +44,8 @@ lock: $(VENV)/.dev   ## make constraints.txt anew from pyproject.toml
 	@CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --upgrade --output-file constraints.txt pyproject.toml
 	@# A local version such as 2.13.0+cpu names one machine's build, not the release.
 	@sed -i -E 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' constraints.txt
+	@# Older Pythons than the one that makes this file want one package more, for redis: Debian 12 has 3.11.2.
+	@grep -q '^async-timeout==' constraints.txt || sed -i 's/^asyncpg==/async-timeout==5.0.1 ; python_full_version < "3.11.3"\n    # via redis\n&/' constraints.txt
 
 clean:           ## remove what the targets made, data and bundles included
 	rm -rf $(VENV) bundles runs var data

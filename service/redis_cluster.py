@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
@@ -37,12 +38,12 @@ Slots = tuple[Node | None, ...]  # the master of each slot
 
 def is_cluster(url: str) -> bool:
     """Whether the URL names a cluster."""
-    return urlsplit(url).scheme in SCHEMES
+    return _split(url)[0] in SCHEMES
 
 
 def nodes_of(url: str) -> list[Node]:
     """The nodes that the URL names. Raises ValueError when it names none, or not as host:port."""
-    hosts = urlsplit(url).netloc.rpartition("@")[2]
+    _, _, hosts, _ = _split(url)
     parts = [urlsplit(f"//{host}") for host in hosts.split(",")]
     if not all(part.hostname for part in parts):
         raise ValueError(
@@ -53,10 +54,17 @@ def nodes_of(url: str) -> list[Node]:
 
 def url_of(url: str, node: Node) -> str:
     """The URL of one node, with the name, password and options of the cluster's."""
-    whole = urlsplit(url)
-    login, at, _ = whole.netloc.rpartition("@")
+    scheme, login, _, rest = _split(url)
     host = f"[{node[0]}]" if ":" in node[0] else node[0]
-    return urlunsplit((SCHEMES[whole.scheme], f"{login}{at}{host}:{node[1]}", whole.path, whole.query, ""))
+    return f"{SCHEMES[scheme]}://{login}{host}:{node[1]}{rest}"
+
+
+def _split(url: str) -> tuple[str, str, str, str]:
+    """Scheme, login with its @, hosts, and what follows. urlsplit takes one host, and refuses a bracket further on."""
+    scheme, _, after = url.partition("://")
+    netloc = re.match(r"[^/?#]*", after)[0]  # type: ignore[index]
+    login, at, hosts = netloc.rpartition("@")
+    return scheme, login + at, hosts, after[len(netloc) :]
 
 
 class RedisCluster:
