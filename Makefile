@@ -25,7 +25,7 @@ test: $(VENV)/.dev   ## lint, types and all tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@said=$$(mktemp); $(BIN)/mypy > $$said 2>&1 & types=$$!; \
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile; tests=$$?; \
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$types || tests=1; cat $$said; rm -f $$said; exit $$tests
 
 check: $(VENV)/.dev   ## lint and types alone

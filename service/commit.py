@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from enum import Enum
 from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -26,10 +27,10 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from service.erasure import Question, Refusals
 from service.history import StoredEvent
 from shared import times
 from shared.database import prepare_sqlite
+from shared.erasure import pseudonym
 
 SECONDS: Final = 5.0
 """A PostgreSQL that takes longer for one transaction is taken for one that does not answer; on SQLite, how long a
@@ -126,6 +127,51 @@ def _together(
     if len(known) < len(rows):
         raise WriteFailed("events were erased while others with their ids were written", passing=True)
     return known
+
+
+# --- what was erased ----------------------------------------------------------------------------------
+
+
+class Question(Enum):
+    """What `Refusals` asks of the database that it is used on; `{values}` and `{names}` are that database's words."""
+
+    READY = "SELECT 1 WHERE 'erasure_key' IN ({names})"
+    KEY = "SELECT key FROM erasure_key"
+    USERS = "SELECT user_hash, erased_at FROM erasures WHERE user_hash IN ({values})"
+    EVENTS = "SELECT event_hash FROM erased_events WHERE event_hash IN ({values})"
+
+
+Ask = Callable[[Question, list[str]], list[tuple[Any, ...]]]
+
+
+class Refusals:
+    """Which events must not be written, because their user was erased since."""
+
+    def __init__(self) -> None:
+        self._key: bytes | None = None
+
+    def among(self, ask: Ask, rows: Sequence[Row]) -> dict[Identity, int]:
+        """(user, event) -> when the user was erased, of each row that is refused.
+
+        `ask` asks in the writing transaction, after its insert: before that an erasure may still be under way.
+        """
+        if self._key is None:
+            if not ask(Question.READY, []):
+                return {}  # schema 0001
+            self._key = bytes.fromhex(ask(Question.KEY, [])[0][0])
+        key = self._key
+        users = {pseudonym(key, user): user for user in {row.user_id for row in rows}}
+        erased = {users[hashed]: int(at) for hashed, at in ask(Question.USERS, list(users))}
+        if not erased:
+            return {}
+        of_erased = [row for row in rows if row.user_id in erased]
+        hashes = [pseudonym(key, *row.identity) for row in of_erased]
+        gone = {hashed for (hashed,) in ask(Question.EVENTS, hashes)}
+        return {
+            row.identity: erased[row.user_id]
+            for row, hashed in zip(of_erased, hashes, strict=True)
+            if row.timestamp <= erased[row.user_id] or hashed in gone
+        }
 
 
 # --- PostgreSQL ---------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from sqlalchemy import Table, delete, insert, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -24,9 +23,6 @@ from service.history import HistoryStore, database_failures_as
 from shared import times
 from shared.database import LATE, cache_outbox, erased_events, erasures, events
 from shared.erasure import has_erasure, pseudonym, read_key
-
-if TYPE_CHECKING:
-    from service.commit import Identity, Row
 
 RETRIES: Final = times.DAY
 """How old an event may be whose retry, sent without a time, is still known after its user was erased."""
@@ -109,45 +105,3 @@ class Eraser:
         )
         for start in range(0, len(rows), _CHUNK):
             await connection.execute(upsert, list(rows[start : start + _CHUNK]))
-
-
-class Question(Enum):
-    """What `Refusals` asks of the database that it is used on; `{values}` and `{names}` are that database's words."""
-
-    READY = "SELECT 1 WHERE 'erasure_key' IN ({names})"
-    KEY = "SELECT key FROM erasure_key"
-    USERS = "SELECT user_hash, erased_at FROM erasures WHERE user_hash IN ({values})"
-    EVENTS = "SELECT event_hash FROM erased_events WHERE event_hash IN ({values})"
-
-
-Ask = Callable[[Question, list[str]], list[tuple[Any, ...]]]
-
-
-class Refusals:
-    """Which events must not be written, because their user was erased since."""
-
-    def __init__(self) -> None:
-        self._key: bytes | None = None
-
-    def among(self, ask: Ask, rows: Sequence[Row]) -> dict[Identity, int]:
-        """(user, event) -> when the user was erased, of each row that is refused.
-
-        `ask` asks in the writing transaction, after its insert: before that an erasure may still be under way.
-        """
-        if self._key is None:
-            if not ask(Question.READY, []):
-                return {}  # schema 0001
-            self._key = bytes.fromhex(ask(Question.KEY, [])[0][0])
-        key = self._key
-        users = {pseudonym(key, user): user for user in {row.user_id for row in rows}}
-        erased = {users[hashed]: int(at) for hashed, at in ask(Question.USERS, list(users))}
-        if not erased:
-            return {}
-        of_erased = [row for row in rows if row.user_id in erased]
-        hashes = [pseudonym(key, *row.identity) for row in of_erased]
-        gone = {hashed for (hashed,) in ask(Question.EVENTS, hashes)}
-        return {
-            row.identity: erased[row.user_id]
-            for row, hashed in zip(of_erased, hashes, strict=True)
-            if row.timestamp <= erased[row.user_id] or hashed in gone
-        }

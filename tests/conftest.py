@@ -28,30 +28,35 @@ hypothesis.settings.load_profile("upnext")
 
 
 LONGEST: Final = (
+    "readme",
     "service_launcher",
     "cli",
     "items",
-    "service_gate",
-    "readme",
-    "demo",
     "options",
+    "demo",
     "train",
-    "crash",
-    "export",
-    "service_paths",
-    "backup",
-    "sources",
     "faults",
+    "service_gate",
+    "service_paths",
+    "crash",
     "ddp",
     "fuzz",
+    "warm",
+    "history_orders",
+    "history",
     "machine",
+    "export",
+    "evaluate",
+    "backup",
+    "sources",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest come first: begun last, one of them would have all other processes wait for its end.
 
-    Each goes to one process (`--dist loadfile`), since its tests share what they train.
+    Each goes to one process (`--dist loadfile`), since its tests share what they train. By itself xdist begins with the
+    files of the most tests (`--no-loadscope-reorder`).
     """
     place = {f"test_{name}.py": at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))

@@ -283,11 +283,18 @@ class PostgresServer:
         return Path(host) / ".s.PGSQL.5432"
 
 
+def refusal(state: str) -> bytes:
+    """What a PostgreSQL says that refuses a connection with this SQLSTATE."""
+    fields = b"".join(f"{field}\0".encode() for field in ("SFATAL", f"C{state}", "Mno"))
+    return b"E" + (len(fields) + 5).to_bytes(4) + fields + b"\0"
+
+
 class Proxy:
     """A TCP port in front of a unix socket: it passes bytes on late, in part, or not at all.
 
     `delay` holds up each reply by so many seconds. `left`, when set, is how many bytes of replies still pass before
-    all connections break. `trigger`: what comes after these bytes were sent to the server is lost, once.
+    all connections break. `trigger`: what comes after these bytes were sent to the server is lost, once. `refusal`,
+    when set, is what a client gets to hear instead of PostgreSQL.
     """
 
     def __init__(self, target: Path) -> None:
@@ -295,6 +302,7 @@ class Proxy:
         self.delay = 0.0
         self.left: int | None = None
         self.trigger: bytes | None = None
+        self.refusal: bytes | None = None
         self.broken = 0  # times that all connections were broken
         self._pumps: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -322,6 +330,13 @@ class Proxy:
         self._writers.clear()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refusal is not None:
+            await reader.read(8)  # asks for TLS first
+            writer.write(b"N")
+            await reader.read(4096)
+            writer.write(self.refusal)
+            writer.close()
+            return
         try:
             up_reader, up_writer = await asyncio.open_unix_connection(self.target)
         except OSError:

@@ -24,7 +24,7 @@ from service.ingest import OVERDUE
 from shared import times
 from shared.database import cache_outbox, create_engine, events, migrate, prepare_sqlite
 from tests.faults import fault
-from tests.servers import PostgresServer, Proxy, RedisNodes, RedisServer
+from tests.servers import PostgresServer, Proxy, RedisNodes, RedisServer, refusal
 from tests.serving import Running, assert_problem, counted, json_of, serving
 from tests.worlds import cyclic
 
@@ -353,6 +353,28 @@ async def test_those_who_wait_for_a_hanging_database_leave_places_for_others(
             postgres_of_module.thaw()
         await asyncio.gather(*held)
         await again(takes_events, upnext)
+
+
+@fault("The database refuses connections for now at the start")
+async def test_postgresql_is_starting_up_itself(
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer
+) -> None:
+    async with Proxy(postgres_of_module.socket) as proxy:
+        proxy.refusal = refusal("57P03")
+        async with on_postgres(tmp_path, redis_server, postgres_of_module, proxy) as upnext:
+            assert_problem(await upnext.http.get("/recommend/u"), 503, "catalogue_unavailable")
+            response = await upnext.http.post("/events", json=view("u", "7"))
+            assert_problem(response, 503, "log_unavailable")
+            assert response.headers["retry-after"] == "2"
+            assert await failures(upnext, "database") > 0
+            proxy.refusal = None
+            await again(takes_events, upnext)
+
+            async def served() -> bool:
+                return (await upnext.http.get("/recommend/u")).status_code == 200
+
+            await again(served)
+            assert (await next_of(upnext, "u"))[0] == "8"
 
 
 @fault("PostgreSQL is slow")

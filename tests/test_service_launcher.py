@@ -28,7 +28,7 @@ from service.redis_child import RedisMissing, _answers, find_redis, start_redis
 from service.settings import Settings
 from shared.database import create_engine, events
 from tests.faults import fault
-from tests.servers import PostgresServer, RedisServer, free_port
+from tests.servers import PostgresServer, RedisServer, free_port, refusal
 from tests.serving import ids_of, running, value_of
 from tests.worlds import cyclic, write_bundle
 
@@ -520,8 +520,7 @@ async def test_a_worker_by_itself_starts_though_its_database_says_nothing(
 @contextmanager
 def refusing(state: str) -> Iterator[str]:
     """The URL of a PostgreSQL that refuses every connection with this SQLSTATE."""
-    fields = b"".join(f"{field}\0".encode() for field in ("SFATAL", f"C{state}", "Mno"))
-    reply = b"E" + (len(fields) + 5).to_bytes(4) + fields + b"\0"
+    reply = refusal(state)
 
     class Refusal(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -536,7 +535,6 @@ def refusing(state: str) -> Iterator[str]:
         server.shutdown()
 
 
-@fault("The database refuses connections for now at the start")
 @pytest.mark.parametrize("state", ["57P03", "53300"])  # it is starting up; it has no connection left
 def test_a_database_that_refuses_for_now_does_not_stop_the_start(
     state: str, capsys: pytest.CaptureFixture[str]
