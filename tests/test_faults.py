@@ -344,11 +344,15 @@ async def test_those_who_wait_for_a_hanging_database_leave_places_for_others(
             held = [asyncio.create_task(upnext.http.post("/events", json=view(f"e{n}", "7"))) for n in range(4)]
             held += [asyncio.create_task(upnext.http.get(f"/recommend/r{n}")) for n in range(4)]
             await asyncio.sleep(2 * bulkhead.SLOW)
-            for n in range(40):  # more than there are places
-                response = await upnext.http.post("/events", json=view(f"f{n}", "7"))
+            more, others = [], []
+            for n in range(12):  # more than there are places
+                more.append(asyncio.create_task(upnext.http.post("/events", json=view(f"f{n}", "7"))))
+                others.append(asyncio.create_task(upnext.ask(f"s{n}")))
+                await asyncio.sleep(0.02)
+                assert await next_of(upnext, "u") == ("4", "cache")
+            for response in await asyncio.gather(*more):
                 assert_problem(response, 503, "log_unavailable")
-                assert (await upnext.ask(f"s{n}"))["strategy"] == "degraded"
-            assert await next_of(upnext, "u") == ("4", "cache")
+            assert {answer["strategy"] for answer in await asyncio.gather(*others)} == {"degraded"}
         finally:
             postgres_of_module.thaw()
         await asyncio.gather(*held)
