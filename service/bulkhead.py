@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Final
 
 FEW: Final = 32
-SLOW: Final = 0.25
-"""Seconds without an answer, after which the database may be hanging."""
+SLOW: Final = 1.0
+"""Seconds without an answer, after which the database seems to hang; less than anybody waits for it."""
 
 
 class Bulkhead:

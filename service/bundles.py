@@ -239,9 +239,10 @@ class Live:
         if self.serving is None or not loaded:
             return
         published = self.serving.bundle.catalogue.index_by_id.of_ids(loaded)
-        for item_id in (item_id for item_id, index in zip(loaded, published, strict=True) if index):
-            del self._changes[item_id]
-            self._let_go = True
+        for item_id, index in zip(loaded, published, strict=True):
+            if index and self._changes[item_id].loaded:
+                del self._changes[item_id]
+                self._let_go = True
 
     def change_of(self, item_id: ItemId) -> ItemChange | None:
         """The item's change that is in force here."""

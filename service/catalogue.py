@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import null, select, tuple_, update
+from sqlalchemy import null, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -24,7 +25,6 @@ from shared.database import catalogue_revision, items
 from shared.events import ItemId
 
 _COLUMNS: Final = tuple(items.c[name] for name in ItemChange.__dataclass_fields__)
-_PLACE: Final = (items.c.revision, items.c.item_id)
 PAGE: Final = 5_000
 _NEXT: Final = (
     update(catalogue_revision)
@@ -90,23 +90,29 @@ class LiveCatalogue:
     async def changes_since(self, revision: int) -> tuple[int, list[ItemChange]]:
         """The catalogue's revision, and all rows changed after `revision`, oldest change first.
 
-        The revision is read first: a change that commits between the reads comes again next time. Rows are read PAGE by
-        PAGE, each with its own time: a loaded catalogue is a long answer. A row that changes meanwhile moves to the
-        end, so it is not missed.
+        The revision is read first: a change that commits between the reads comes again next time. More than a PAGE, a
+        loaded catalogue say, is read page by page, each with its own time, in the order of the primary key.
         """
+        query = select(*_COLUMNS).where(items.c.revision > revision).order_by(items.c.revision).limit(PAGE)
         async with self._reading() as connection:
             current: int = (await connection.execute(select(catalogue_revision.c.revision))).scalar_one()
-        found: list[ItemChange] = []
-        later = items.c.revision > revision
-        while current != revision:
-            query = select(*_COLUMNS).where(later).order_by(*_PLACE).limit(PAGE)
+            rows = (await connection.execute(query)).all() if current != revision else []
+        if len(rows) == PAGE:
+            rows = await self._all_since(revision)
+        return current, [_change(row) for row in rows]
+
+    async def _all_since(self, revision: int) -> list[Any]:
+        # Of a sum there is no index: it would have each page sort all that is left.
+        query = select(*_COLUMNS).where(items.c.revision + 0 > revision).order_by(items.c.item_id).limit(PAGE)
+        found: list[Any] = []
+        last = ""
+        while True:
             async with self._reading() as connection:
-                rows = (await connection.execute(query)).all()
-            found += map(_change, rows)
+                rows = (await connection.execute(query.where(items.c.item_id > last))).all()
+            found += rows
             if len(rows) < PAGE:
-                break
-            later = tuple_(*_PLACE) > (found[-1].revision, found[-1].item_id)
-        return current, found
+                return sorted(found, key=attrgetter("revision"))
+            last = rows[-1].item_id
 
 
 def _change(row: Any) -> ItemChange:

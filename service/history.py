@@ -28,10 +28,10 @@ import logging
 import secrets
 import sqlite3
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Final, Literal
 
@@ -283,11 +283,11 @@ class HistoryStore:
         try:
             entry, marker = await self._cached(user_id, policy)
         except RedisDown:
-            return (await self._logged(user_id, policy, as_of)).history("log")
+            return (await self._waited(partial(self._logged, user_id, policy, as_of))).history("log")
         if entry is None:
-            entry, source = await self._rebuilt(user_id, policy, marker), "log"
+            entry, source = await self._waited(partial(self._rebuilt, user_id, policy, marker)), "log"
         if as_of is not None and as_of < entry.newest:
-            entry, source = await self._logged(user_id, policy, as_of), "log"
+            entry, source = await self._waited(partial(self._logged, user_id, policy, as_of)), "log"
         return entry.history(source)
 
     async def appended(self, events: Sequence[StoredEvent], policy: HistoryPolicy, until: float | None = None) -> bool:
@@ -306,7 +306,12 @@ class HistoryStore:
 
     async def read_whole(self, user_id: str, policy: HistoryPolicy, as_of: int | None = None) -> UserHistory:
         """Like `read`, from the log and with the whole sequence. Raises HistoryUnavailable."""
-        return (await self._logged(user_id, policy, as_of, whole=True)).history("log")
+        return (await self._waited(partial(self._logged, user_id, policy, as_of, whole=True))).history("log")
+
+    async def _waited(self, reading: Callable[[], Awaitable[_Entry]]) -> _Entry:
+        """What the log is read for, as one of those who wait for it."""
+        with self._bulkhead.place(HistoryUnavailable):
+            return await reading()
 
     async def drop_dirty(self) -> None:
         """Drop the entries that may lack an event acknowledged here, so that other workers do not read them either."""
@@ -418,7 +423,7 @@ class HistoryStore:
         self, user_id: str, policy: HistoryPolicy, as_of: int | None = None, *, whole: bool = False
     ) -> _Entry:
         """The entry as the log has it now. Raises HistoryUnavailable."""
-        with self._bulkhead.place(HistoryUnavailable), database_failures_as(HistoryUnavailable, self.failed):
+        with database_failures_as(HistoryUnavailable, self.failed):
             async with asyncio.timeout(READ_SECONDS), self._readers:
                 rows = await self._log.rows(user_id, as_of)
         return _entry_of(rows, policy, len(rows) if whole else self.window)

@@ -308,6 +308,7 @@ class EventLog:
         try:
             await self._writer.forget(seqs)
         except WriteFailed as error:
+            self.histories.failed("database")
             raise LogUnavailable(str(error)) from error
 
     async def _run(self) -> None:

@@ -64,7 +64,7 @@ def _split(url: str) -> tuple[str, str, str, str]:
     scheme, _, after = url.partition("://")
     netloc = re.match(r"[^/?#]*", after)[0]  # type: ignore[index]
     login, at, hosts = netloc.rpartition("@")
-    return scheme, login + at, hosts, after[len(netloc) :]
+    return scheme.lower(), login + at, hosts, after[len(netloc) :]
 
 
 class RedisCluster:

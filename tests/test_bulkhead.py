@@ -40,7 +40,7 @@ def test_many_may_wait_while_there_are_answers(clock: Clock) -> None:
     bulkhead = Bulkhead()
     with ExitStack() as stack:
         fill(bulkhead, stack, FEW)
-        clock.now += SLOW
+        clock.now += SLOW  # slow, but within what counts as alive
         fill(bulkhead, stack, FEW)
         with bulkhead.place(NoAnswerError):  # an answer
             clock.now += SLOW

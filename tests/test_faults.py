@@ -343,7 +343,7 @@ async def test_those_who_wait_for_a_hanging_database_leave_places_for_others(
         try:
             held = [asyncio.create_task(upnext.http.post("/events", json=view(f"e{n}", "7"))) for n in range(4)]
             held += [asyncio.create_task(upnext.http.get(f"/recommend/r{n}")) for n in range(4)]
-            await asyncio.sleep(2 * bulkhead.SLOW)
+            await asyncio.sleep(1.2 * bulkhead.SLOW)
             more, others = [], []
             for n in range(12):  # more than there are places
                 more.append(asyncio.create_task(upnext.http.post("/events", json=view(f"f{n}", "7"))))

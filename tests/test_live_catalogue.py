@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.catalogue import CatalogueUnavailable, Fields, LiveCatalogue
 from shared.catalogue import ItemChange
@@ -65,10 +68,21 @@ async def test_changes_come_in_pages(
         await connection.execute(items.insert(), loaded)
         await connection.execute(catalogue_revision.update().values(revision=1))
     await put_row(catalogue, "i3")
+    read, pages = catalogue._reading, count(1)
+
+    @asynccontextmanager
+    async def changing() -> AsyncIterator[AsyncConnection]:
+        if next(pages) == 3:  # i0 to i2 were read a moment ago
+            await put_row(catalogue, "i1", withdrawn=True)
+        async with read() as connection:
+            yield connection
+
+    monkeypatch.setattr(catalogue, "_reading", changing)
     revision, changes = await catalogue.changes_since(0)
     assert revision == 2
     assert [c.item_id for c in changes] == ["i0", "i1", "i2", "i4", "i5", "i6", "i3"]
-    assert [c.item_id for c in (await catalogue.changes_since(1))[1]] == ["i3"]
+    revision, changes = await catalogue.changes_since(revision)
+    assert (revision, [(c.item_id, c.withdrawn) for c in changes]) == (3, [("i1", True)])
 
 
 async def test_a_follower_misses_no_change_of_concurrent_writers(catalogue: LiveCatalogue) -> None:

@@ -137,7 +137,7 @@ def test_an_unfinished_training_is_not_thrown_away_by_a_resume_with_other_settin
         with pytest.raises(TrainingError, match="the last whole epoch is in"):
             pipeline.train(settings, data, "split", tmp_path)
     other = config(training={"epochs": 3, "threads": 2})
-    with pytest.raises(ConfigError, match=r"an unfinished training, with training\.epochs=2 \(now 3\), training\.thr"):
+    with pytest.raises(ConfigError, match=r"an unfinished training, with training\.epochs=2 \(now 3\)\. Resume"):
         pipeline.train(other, data, "split", tmp_path, resume=True)
     with pytest.raises(ConfigError, match="other data"):
         pipeline.train(settings, dataset(cyclic_events(users=21)), "split", tmp_path, resume=True)

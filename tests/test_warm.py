@@ -122,6 +122,18 @@ def test_what_is_published_began_as_what_was_measured(tmp_path: Path, monkeypatc
     assert not any("items known" in line for line in said)
 
 
+def test_a_refit_that_cannot_be_resumed_is_said_before_the_split_is_trained(tmp_path: Path) -> None:
+    found, run = world("sasrec"), pipeline.Run.of(tmp_path, "sasrec", "all")
+    run.start(config("sasrec", training={"epochs": 7}), found.dataset, 3, resume=False)
+    (run.folder / "last.ckpt").touch()
+    with pytest.raises(ConfigError, match=r"training\.epochs=7 \(now 2\)"):
+        pipeline.run(
+            [config("sasrec", training={"epochs": 2})], found.dataset, tmp_path, tmp_path / "b", print, resume=True
+        )
+    assert (run.folder / "last.ckpt").exists()
+    assert not (tmp_path / "sasrec" / "split").exists()
+
+
 @pytest.mark.slow
 def test_a_training_that_goes_on_is_published_without_figures(tmp_path: Path) -> None:
     found, bundles = world("sasrec"), tmp_path / "bundles"

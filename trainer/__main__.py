@@ -400,8 +400,10 @@ def cold(
 ) -> None:
     """Hold items out of training and find them by their metadata alone."""
     from trainer.cold import cold_table, hold_out, measure_cold
+    from trainer.train import check_device
 
     for config in configs_of(presets):
+        check_device(config.training.accelerator)
         folder = runs / config.name / "cold"
         shutil.rmtree(folder, ignore_errors=True)
         held = hold_out(dataset_of(config), share, seed)

@@ -53,10 +53,8 @@ from trainer.train import (
 from trainer.warm import Published
 
 Say = Callable[[str], None]
-DECISIVE: Final = {"data", "model", "training"}
-"""Sections of the settings that decide the weights."""
 MACHINE: Final = {"accelerator", "threads"}
-"""Settings of training that decide them but for rounding."""
+"""Settings of training that decide no more than rounding."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,8 @@ class Run:
         """
         mine = {"identity": identity(config, dataset), "epochs": epochs}
         kept = resume and self._started() == mine
-        if resume and not kept and not self.is_fitted() and (self.folder / LAST).is_file():
-            raise ConfigError(
-                f"{self.folder} holds an unfinished training, with {self._otherwise(config)}. Resume it with what it "
-                "had, take another --runs, or leave --resume out, which deletes it"
-            )
+        if resume and not kept:
+            self.refuse_unfinished(config)
         if not kept and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,10 +86,22 @@ class Run:
         self.write("started.json", mine)
         return kept
 
+    def resumes(self, config: RunConfig, dataset: Dataset) -> bool:
+        """Whether what an earlier training left had the same settings and data."""
+        return (self._started() or {}).get("identity") == identity(config, dataset)
+
+    def refuse_unfinished(self, config: RunConfig) -> None:
+        """Raise ConfigError where an unfinished training, which had something else than `config`, would be lost."""
+        if not self.is_fitted() and (self.folder / LAST).is_file():
+            raise ConfigError(
+                f"{self.folder} holds an unfinished training, with {self._otherwise(config)}. Resume it with what it "
+                "had, take another folder (--runs), or delete this one"
+            )
+
     def _otherwise(self, config: RunConfig) -> str:
         """How the training in the folder differs from `config`, in words."""
         try:
-            had, has = (flat(c.model_dump(mode="json", include=DECISIVE)) for c in (self.config(), config))
+            had, has = (flat(decisive(c)) for c in (self.config(), config))
         except ConfigError:
             return "other settings"
         other = [f"{name}={had.get(name)} (now {value})" for name, value in has.items() if had.get(name) != value]
@@ -160,7 +167,7 @@ class Run:
             )
         if self.read("started.json", "train")["identity"] != identity(self.config(), dataset):
             raise TrainingError(
-                f"{self.folder} was trained on other fields of the items than there are now; train again"
+                f"{self.folder} was trained with other settings or on other fields of the items; train again"
             )
 
     def checkpoint(self) -> Path:
@@ -209,12 +216,17 @@ class Run:
         return self.folder / "export" / "index.hnsw"
 
 
+def decisive(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide the weights, but for rounding."""
+    return config.model_dump(mode="json", include={"data", "model", "training"}, exclude={"training": MACHINE})
+
+
 def identity(config: RunConfig, dataset: Dataset) -> str:
     """Hash of what decides the weights: events, metadata that the network reads, held-out events, network, training.
 
     Name, index and publishing do not, nor the machine.
     """
-    settings = config.model_dump(mode="json", include=DECISIVE, exclude={"training": MACHINE})
+    settings = decisive(config)
     known = digest(dataset, config.model.metadata.fields)
     text = json.dumps([settings, config.evaluation.held_out, dataset.info().fingerprint, known], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -368,6 +380,10 @@ def run(
     one_data(configs)
     if Share.mine().size > 1:
         raise ConfigError("torchrun is for `train`; evaluate, export and publish what it trained with one process")
+    for config in configs if resume else ():
+        refit = Run.of(runs, config.name, "all")
+        if not refit.resumes(config, dataset):
+            refit.refuse_unfinished(config)  # now, not after the split was trained anew
     split = split_of(dataset, configs[0].evaluation)
     if not len(split.test):
         say("no user has enough events: nothing can be held out, the models are published without metrics")
@@ -433,8 +449,8 @@ def publish_runs(
     _one_protocol(candidates)
     split = split_of(dataset, candidates[names[0]].config.evaluation)
     popularity = everything(dataset)[1] if which == "all" else split.popularity
-    measured = any(c.metrics for c in candidates.values())
-    baseline = Run.of(runs, names[0], "split").read("baselines.json", f"evaluate {names[0]}") if measured else {}
+    measured = next((name for name in names if candidates[name].metrics), None)
+    baseline = Run.of(runs, measured, "split").read("baselines.json", f"evaluate {measured}") if measured else {}
     target = publish(bundles, dataset, popularity, candidates, baseline, split.test, force=force)
     clear_out(bundles, candidates, say)
     return target

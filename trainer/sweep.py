@@ -77,7 +77,7 @@ def _try(number: int, config: RunConfig, overrides: tuple[str, ...], dataset: Da
         fitted = train(config, dataset, "split", runs / f"{number:03}", resume=True, say=say)
     except InterruptedTrainingError:
         raise
-    except TrainingError as error:
+    except (TrainingError, ConfigError) as error:
         return Trial(number, overrides, None, 0, str(error))
     return Trial(number, overrides, fitted.best, fitted.epochs, "")
 

@@ -45,11 +45,18 @@ class Cleaned:
 
 
 def clean_events(
-    table: Table, *, event_type: str, max_bad_rows: float, unit: TimeUnit = "auto", assume_utc: bool = False
+    table: Table,
+    *,
+    event_type: str,
+    max_bad_rows: float,
+    unit: TimeUnit = "auto",
+    assume_utc: bool = False,
+    any_type: bool = False,
 ) -> Cleaned:
     """Events in arrival order, from a table with the roles user, item and maybe time, event_type, value, order, keep.
 
-    event_type: type of every event where the table has no such column.
+    event_type: type of every event where the table has no such column. any_type: also those that the service's API
+    would refuse; the log may hold them.
     Raises TooManyBadRowsError, and EmptySourceError if nothing is left.
     """
     _check_flat(table)
@@ -68,9 +75,10 @@ def clean_events(
     frame = _with_type(frame, event_type)
     kind = pl.col("event_type")
     rules.append(Rule("no event type", "event_type", kind.is_null()))
-    # What POST /events does not take, no user of the service would ever have in their history.
-    strange = "event type is not 1 to 64 letters, digits and _ . : -"
-    rules.append(Rule(strange, "event_type", ~kind.str.contains(EVENT_TYPE_PATTERN)))
+    if not any_type:
+        # What POST /events does not take, no user of the service would ever have in their history.
+        strange = "event type is not 1 to 64 letters, digits and _ . : -"
+        rules.append(Rule(strange, "event_type", ~kind.str.contains(EVENT_TYPE_PATTERN)))
     frame = frame.with_columns(number=_number(frame, "value"), rank=_rank(frame))
     if "value" in frame.columns:
         rules.append(Rule("value is not a number", "value", _present(frame, "value") & pl.col("number").is_null()))

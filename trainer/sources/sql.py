@@ -53,7 +53,7 @@ def load_sql(config: SqlSource) -> RawData:
             f"the database {shown} cannot be read: {reason}; check data.source.url, and that its schema is there "
             "(python -m service migrate)"
         ) from None
-    events = clean_events(log, event_type="", max_bad_rows=config.max_bad_rows, unit="us")
+    events = clean_events(log, event_type="", max_bad_rows=config.max_bad_rows, unit="us", any_type=True)
     items = clean_items(catalogue, max_bad_rows=config.max_bad_rows, unit="us")
     report = SourceReport(events.report, (items.report,), (*events.notes, *items.notes))
     newest = events.frame["timestamp"].max()

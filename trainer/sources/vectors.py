@@ -60,10 +60,10 @@ def vectors_in(path: Path) -> ItemVectors | None:
     texts = table["value"].str.split(" ")
     numbers = _numbers(texts)
     whole = (numbers.list.len() >= 2) & ~numbers.list.eval(pl.element().is_null()).list.any()
-    most = max(Counter(numbers.list.len().filter(whole).to_list()).values(), default=0)
-    if 2 * most <= len(whole):
+    widths = Counter(numbers.list.len().filter(whole).to_list()).most_common(1)
+    if not widths or 2 * widths[0][1] <= len(whole):
         return None
-    return _as_vectors(table["item"], texts, path.name, table["line"])
+    return _as_vectors(table["item"], texts, path.name, table["line"], widths[0][0])
 
 
 def vectors_of_column(item_ids: pl.Series, column: pl.Series, what: str) -> ItemVectors:
@@ -128,19 +128,25 @@ def _array(numbers: pl.Series) -> NDArray[np.float32]:
     return np.ascontiguousarray(flat.reshape(len(numbers), -1), np.float32)
 
 
-def _as_vectors(item_ids: pl.Series, texts: pl.Series, what: str, line: pl.Series) -> ItemVectors | None:
-    """None where there is no line; raises UnreadableFileError that names the first wrong one."""
+def _as_vectors(
+    item_ids: pl.Series, texts: pl.Series, what: str, line: pl.Series, width: int | None = None
+) -> ItemVectors | None:
+    """None where there is no line; raises UnreadableFileError that names the first one of another width.
+
+    Without `width` it is that of the first line.
+    """
     if not len(texts):
         return None
     if isinstance(texts.dtype, pl.Array):
         texts = texts.arr.to_list()
     numbers = _numbers(texts)
-    width = numbers.list.len()
-    broken = numbers.is_null() | (width != width[0]) | numbers.list.eval(pl.element().is_null()).list.any()
+    widths = numbers.list.len()
+    width, like = (widths[0], "as the first line has") if width is None else (width, "as most lines have")
+    broken = numbers.is_null() | (widths != width) | numbers.list.eval(pl.element().is_null()).list.any()
     if (wrong := broken.fill_null(value=True).arg_true()).len():
         at = int(wrong[0])
         raise UnreadableFileError(
-            f"{what}:{line[at]}: not {width[0]} finite numbers, as the first line has; each line is an item id, a tab, "
+            f"{what}:{line[at]}: not {width} finite numbers, {like}; each line is an item id, a tab, "
             "and numbers with blanks"
         )
     return ItemVectors(tuple(item_ids), _array(numbers))
