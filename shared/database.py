@@ -178,9 +178,9 @@ def plain_engine(url: URL, **options: Any) -> AsyncEngine:
 READER_KIB: Final = 64
 WRITER_KIB: Final = 2_000
 """Of pages that a connection to SQLite keeps. The system has the file's pages in memory anyway, so that a connection
-which reads needs few (a user's events out of 600,000 took 163 us with 512 KiB and 165 to 175 us with less), and a worker
-has a dozen, some of which are used once in an hour. One which writes many rows at a time would write the same page
-again and again."""
+which reads needs few (a user's events out of 600,000 took 163 us with 512 KiB and 165 to 175 us with less), and a
+worker has a dozen, some of which are used once in an hour. One which writes many rows at a time would write the same
+page again and again."""
 
 
 def create_engine(url: str, *, sqlite_kib: int = WRITER_KIB, **options: Any) -> AsyncEngine:
