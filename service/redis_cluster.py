@@ -62,7 +62,7 @@ def url_of(url: str, node: Node) -> str:
 def _split(url: str) -> tuple[str, str, str, str]:
     """Scheme, login with its @, hosts, and what follows. urlsplit takes one host, and refuses a bracket further on."""
     scheme, _, after = url.partition("://")
-    netloc = re.match(r"[^/?#]*", after)[0]  # type: ignore[index]
+    netloc = re.split("[/?#]", after, maxsplit=1)[0]
     login, at, hosts = netloc.rpartition("@")
     return scheme.lower(), login + at, hosts, after[len(netloc) :]
 

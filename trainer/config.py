@@ -292,7 +292,8 @@ def settings() -> list[Setting]:
 def source_settings() -> dict[str, list[Setting]]:
     """Those of each kind of source."""
     kinds = _models_in(DataConfig.model_fields["source"].annotation)
-    return {get_args(kind.model_fields["kind"].annotation)[0]: _settings(kind, "data.source.") for kind in kinds}
+    rows = {get_args(kind.model_fields["kind"].annotation)[0]: _settings(kind, "data.source.") for kind in kinds}
+    return {kind: [row for row in of_kind if row[0] != "data.source.kind"] for kind, of_kind in rows.items()}
 
 
 def _settings(section: type[BaseModel], prefix: str) -> list[Setting]:
@@ -303,7 +304,7 @@ def _settings(section: type[BaseModel], prefix: str) -> list[Setting]:
             rows += _settings(nested[0], f"{prefix}{name}.")
         elif nested:
             rows.append((f"{prefix}{name}", "required", "Where the data comes from, by its `kind`."))
-        elif name != "kind" or prefix != "data.source.":
+        else:
             default = "required" if field.is_required() else str(field.default)
             rows.append((f"{prefix}{name}", default, field.description or ""))
     return rows
