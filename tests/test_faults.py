@@ -262,14 +262,14 @@ async def on_postgres(
         yield upnext
 
 
-async def assert_served_without_the_database(upnext: Running) -> None:
-    """Cached users as ever, others degraded or 503 as they wish, events refused with a time to come back."""
+async def assert_served_without_the_database(upnext: Running, said: str) -> None:
+    """Cached users as ever, others degraded or 503 as they wish, events refused with a time to come back and `said`."""
     assert await next_of(upnext, "u") == ("4", "cache")
     answer = await upnext.ask("v")
     assert (answer["strategy"], answer["history_source"], answer["exclusions"]) == ("degraded", "none", {"seen": False})
     assert_problem(await upnext.http.get("/recommend/v?require_seen=true"), 503, "history_unavailable")
     response = await upnext.http.post("/events", json=view("u", "7"))
-    assert_problem(response, 503, "log_unavailable")
+    assert_problem(response, 503, "log_unavailable", detail=said)
     assert response.headers["retry-after"] == "2"
     assert_problem(await upnext.http.get("/users/u/history"), 503, "log_unavailable")
     assert_problem(await upnext.http.delete("/users/w"), 503, "log_unavailable")
@@ -304,7 +304,7 @@ async def test_postgresql_is_killed(
         await again(cached, upnext)
         postgres_of_module.kill()
         try:
-            await assert_served_without_the_database(upnext)
+            await assert_served_without_the_database(upnext, "nothing was stored")
         finally:
             await asyncio.to_thread(postgres_of_module.start)
         await assert_the_database_is_back(upnext)
@@ -325,7 +325,7 @@ async def test_postgresql_hangs(
                 patch.setattr("service.commit.SECONDS", 0.5)
                 patch.setattr("service.erasure.SECONDS", 0.5)
                 async with asyncio.timeout(60):
-                    await assert_served_without_the_database(upnext)
+                    await assert_served_without_the_database(upnext, "stored or not")
         finally:
             postgres_of_module.thaw()
         await assert_the_database_is_back(upnext)
@@ -351,7 +351,7 @@ async def test_those_who_wait_for_a_hanging_database_leave_places_for_others(
                 await asyncio.sleep(0.02)
                 assert await next_of(upnext, "u") == ("4", "cache")
             for response in await asyncio.gather(*more):
-                assert_problem(response, 503, "log_unavailable")
+                assert_problem(response, 503, "log_unavailable", detail="nothing was stored")
             assert {answer["strategy"] for answer in await asyncio.gather(*others)} == {"degraded"}
         finally:
             postgres_of_module.thaw()
@@ -563,6 +563,10 @@ async def test_the_clock_jumps(
         await upnext.view("u", "7")
         newest = "8" if hours > 0 else "4"
         assert (await next_of(upnext, "u"))[0] == newest
+        here = now() + shift
+        json_of(await upnext.http.post("/events", json=view("w", "3", timestamp=times.render(here + 3 * times.SECOND))))
+        early = view("w", "3", timestamp=times.render(here + 60 * times.SECOND))
+        assert_problem(await upnext.http.post("/events", json=early), 422, "validation", "/timestamp")
         redis_server.cli("FLUSHALL")
         assert (await next_of(upnext, "u"))[0] == newest
         # An event that another worker could not bring to the cache before it died is found on either side of the jump.

@@ -33,6 +33,7 @@ from shared.database import create_engine, events
 from shared.events import HistoryPolicy, item_keys
 from shared.times import SECOND, parse, render
 from tests.benchmarks.stack import Stack, machine, stack
+from tests.serving import value_of
 
 CLIENTS: Final = 6
 USERS: Final = 4  # of each client
@@ -222,9 +223,10 @@ def crash(database: str, kills: int, workers: int = 2, seed: int = 0) -> tuple[V
         # The longest that a worker killed between commit and cache may leave an old entry behind.
         time.sleep(OVERDUE / SECOND + SWEEP_SECONDS + 1)
         verdict = asyncio.run(examine(running, clients))
+        starts = value_of(httpx.get(f"{running.url}/metrics", timeout=30).text, "upnext_worker_starts_total")
     figures = {
         "benchmark": "crash", "machine": machine(), "database": database, "workers": workers, "seed": seed,
-        "kills": dict(killer.killed), "seconds": round(seconds, 1),
+        "kills": dict(killer.killed), "worker_starts": int(starts), "seconds": round(seconds, 1),
         "acknowledged": sum(len(client.acknowledged) for client in clients),
         "refused_tries": dict(sum((client.refused for client in clients), Counter())),
         "longest_wait_seconds": round(max(client.longest for client in clients), 2),
