@@ -33,6 +33,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from service.keys import KeyRing, KeysError, Scope, new_key
+from service.memory import settle_allocator
 from service.redis_child import RedisMissing, start_redis
 from service.settings import GRACE_SECONDS, PREFIX, Settings, markdown_table
 from shared.bundle import HOW_TO_PUBLISH, BundleError, current_version
@@ -168,6 +169,7 @@ def run(settings: Settings) -> int:
     `service.main` is not imported here: workers are processes of their own, and prometheus_client looks for its
     folder when it is imported.
     """
+    settle_allocator()
     for name in misspelt(os.environ):
         say(name)
     refuse_taken_port(settings.host, settings.port)

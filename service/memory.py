@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -15,8 +16,8 @@ LARGE: Final = 1 << 20
 """Bytes from which on a block has pages of its own. Above what a request needs at a time: new pages cost."""
 
 _NEVER: Final = 1 << 30  # collections of the middle generation
-_M_MMAP_THRESHOLD: Final = -3  # of <malloc.h>
-_M_ARENA_MAX: Final = -8
+_OPTIONS: Final = (("MALLOC_ARENA_MAX", -8, 1), ("MALLOC_MMAP_THRESHOLD_", -3, LARGE))
+"""As glibc's environment has it, as <malloc.h> has it for `mallopt`, and the value."""
 _LIBC: Final = ctypes.CDLL(None)
 
 
@@ -43,7 +44,9 @@ def uncollected() -> Iterator[None]:
 
 
 def settle_allocator() -> None:
-    """Have glibc keep little of what is freed. To be called before there are threads.
+    """Have glibc keep little of what is freed: here, where there must be no threads yet, and in processes to come.
+
+    Those are told by their environment: in a worker uvicorn starts a thread before anything of ours runs.
 
     One arena: otherwise each thread has its own, what one of them frees no other one uses, and bundles are loaded on
     whichever thread is free. With the interpreter's lock there is next to nobody who would have to wait for it.
@@ -52,9 +55,10 @@ def settle_allocator() -> None:
     has seen such a block freed, puts the next ones among the small ones. There they leave holes: a worker that swapped
     bundles under load grew by some megabytes with each of the first ten swaps.
     """
-    if hasattr(_LIBC, "mallopt"):
-        _LIBC.mallopt(_M_ARENA_MAX, 1)
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, LARGE)
+    for variable, option, value in _OPTIONS:
+        os.environ[variable] = str(value)
+        if hasattr(_LIBC, "mallopt"):
+            _LIBC.mallopt(option, value)
 
 
 def trim() -> None:

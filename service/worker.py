@@ -26,7 +26,6 @@ from typing import Any
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
-from service.memory import settle_allocator
 from service.settings import GRACE_SECONDS, Settings
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,6 @@ log = logging.getLogger(__name__)
 
 def create_app() -> FastAPI:
     """The application, for uvicorn to call in each worker."""
-    settle_allocator()
     settings = Settings()
     told = _stop_in_time(settings.drain_seconds + GRACE_SECONDS)
     launcher = multiprocessing.parent_process()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -115,6 +116,19 @@ def answers_counted(client: httpx.Client) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("upnext_recommendations_total{"))
 
 
+def extra_arenas(pid: int) -> int:
+    """How many arenas glibc has in a process beside the first: 64 MiB at a multiple of that, part of them in use."""
+    maps, whole = Path(f"/proc/{pid}/maps"), 64 << 20
+    if not maps.exists():
+        return 0
+    regions = [re.split(r"[- ]", line, maxsplit=2) for line in maps.read_text().splitlines()]
+    found = [(int(start, 16), int(end, 16), kind[:4]) for start, end, kind in regions]
+    return sum(
+        (used, free) == ("rw-p", "---p") and start % whole == 0 and (middle, end) == (below, start + whole)
+        for (start, middle, used), (below, end, free) in pairwise(found)
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "how"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_starts_serves_and_stops_everything(folder: Path, workers: int, how: signal.Signals) -> None:
@@ -142,6 +156,8 @@ def test_starts_serves_and_stops_everything(folder: Path, workers: int, how: sig
         assert "Traceback" not in taken.stderr
         below = descendants(process.pid)
         assert len(below) >= 3  # the keeper, its loop and its Redis
+        for worker in [process.pid] if workers == 1 else workers_of(process.pid):
+            assert extra_arenas(worker) == 0
         process.send_signal(how)
         assert process.wait(timeout=120) == 0
         assert gone(below)
