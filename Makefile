@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # For two cores: tests that kill and freeze servers wait more than they work.
-TESTERS ?= 3
+TESTERS ?= 4
 
 .PHONY: help setup demo train-full test check audit format lock clean
 

@@ -223,16 +223,26 @@ def crash(database: str, kills: int, workers: int = 2, seed: int = 0) -> tuple[V
         # The longest that a worker killed between commit and cache may leave an old entry behind.
         time.sleep(OVERDUE / SECOND + SWEEP_SECONDS + 1)
         verdict = asyncio.run(examine(running, clients))
-        starts = value_of(httpx.get(f"{running.url}/metrics", timeout=30).text, "upnext_worker_starts_total")
+        starts = worker_starts(running.url, workers + killer.killed["worker"])
     figures = {
         "benchmark": "crash", "machine": machine(), "database": database, "workers": workers, "seed": seed,
-        "kills": dict(killer.killed), "worker_starts": int(starts), "seconds": round(seconds, 1),
+        "kills": dict(killer.killed), "worker_starts": starts, "seconds": round(seconds, 1),
         "acknowledged": sum(len(client.acknowledged) for client in clients),
         "refused_tries": dict(sum((client.refused for client in clients), Counter())),
         "longest_wait_seconds": round(max(client.longest for client in clients), 2),
         **{name: len(found) for name, found in vars(verdict).items()},
     }  # fmt: skip
     return verdict, figures
+
+
+def worker_starts(url: str, wanted: int) -> int:
+    """How many starts of workers the service has counted; the last of `wanted` may still be on its way."""
+    deadline = time.monotonic() + GIVE_UP
+    while True:
+        counted = int(value_of(httpx.get(f"{url}/metrics", timeout=30).text, "upnext_worker_starts_total"))
+        if counted >= wanted or time.monotonic() > deadline:
+            return counted
+        time.sleep(0.2)
 
 
 async def rage(clients: list[Client], killer: Killer, kills: int) -> None:
