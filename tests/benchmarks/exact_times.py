@@ -58,10 +58,10 @@ def users_with_exact_times() -> NDArray[np.str_]:
 
 def figures(ranks: CaseRanks, group: NDArray[np.bool_]) -> dict[str, Any]:
     """Of the cases that `group` (C,) names."""
-    rank, users = ranks.rank[group], ranks.user[group]
+    rank = ranks.rank[group]
+    names, users = np.unique(ranks.user[group], return_inverse=True)
     means = metrics(rank, (10,))
-    return {"users": len(np.unique(users)), **{name: means[name] for name in SHOWN},
-            "intervals": intervals(rank, np.unique(users, return_inverse=True)[1], SHOWN)}  # fmt: skip
+    return {"users": len(names), **{name: means[name] for name in SHOWN}, "intervals": intervals(rank, users, SHOWN)}
 
 
 if __name__ == "__main__":
