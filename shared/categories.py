@@ -15,9 +15,10 @@ from typing import Final
 import numpy as np
 
 from shared.catalogue import Catalogue, Item
+from shared.columns import Integers
 from shared.events import BoolArray, IntArray, ItemIndex
 
-_NONE: Final = np.zeros(0, np.int64)
+_NONE: Final = np.zeros(0, np.int32)
 
 
 def field_of(category: str) -> str:
@@ -51,7 +52,7 @@ class Where:
 class Categories:
     """Item indices by category: the bundle's, with the live changes on top. Immutable."""
 
-    members: Mapping[str, IntArray]  # category -> sorted item indices; a category that lost its last item stays
+    members: Mapping[str, Integers]  # category -> sorted item indices; a category that lost its last item stays
     live: Mapping[ItemIndex, tuple[str, ...]]  # categories of the items that changed since the bundle
     catalogue: Catalogue
 
@@ -63,7 +64,8 @@ class Categories:
         sizes, of_sets = np.array([len(s) for s in sets], np.int64), np.array([c for s in sets for c in s], np.int64)
         which = catalogue.items.category_set
         counts = sizes[which]  # (N,)
-        index = np.repeat(np.arange(1, len(which) + 1), counts)  # each item as often as it has categories
+        # Each item as often as it has categories.
+        index = np.repeat(np.arange(1, len(which) + 1, dtype=np.int32), counts)
         first = (np.cumsum(sizes) - sizes)[which] - (np.cumsum(counts) - counts)
         category = of_sets[np.repeat(first, counts) + np.arange(len(index))]
         grouped = index[np.argsort(category, kind="stable")]

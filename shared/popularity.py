@@ -8,6 +8,7 @@ from weakref import proxy
 
 import numpy as np
 
+from shared.columns import narrow
 from shared.events import IntArray
 from shared.times import DAY
 
@@ -23,7 +24,10 @@ class Popularity:
     """
 
     def __init__(self, day: IntArray, item: IntArray, count: IntArray, item_count: int) -> None:
-        self.day, self.item, self.count, self.item_count = day, item, count, item_count
+        first = np.flatnonzero(np.diff(day, prepend=day[:1] - 1))
+        self.days = day[first]  # (D,) each once, ascending
+        self.starts = np.append(first, len(day))  # (D + 1,): rows of day d are starts[d] up to starts[d + 1]
+        self.item, self.count, self.item_count = narrow(item), narrow(count), item_count
         # Of a weak reference: whoever refers to himself is freed by the collector of garbage alone, and bundles are
         # kept out of its reach.
         orders = max(2, min(64, KEPT // (8 * (item_count + 1))))
@@ -44,10 +48,14 @@ class Popularity:
         nothing from the future of `as_of` does.
         """
         end = as_of // DAY
-        start = None if window is None else end - window
-        lo = 0 if start is None else int(np.searchsorted(self.day, start, side="left"))
-        hi = int(np.searchsorted(self.day, end, side="left"))
+        lo = 0 if window is None else self.starts[self.days.searchsorted(end - window)]
+        hi = self.starts[self.days.searchsorted(end)]
         return np.bincount(self.item[lo:hi], self.count[lo:hi], self.item_count + 1).astype(np.int64)
+
+    @property
+    def day(self) -> IntArray:
+        """(R,) of each row."""
+        return np.repeat(self.days, np.diff(self.starts))
 
     def fallback(self, as_of: int) -> IntArray:
         """All item indices, most popular first, for a user about whom nothing is known at `as_of`.
@@ -55,16 +63,16 @@ class Popularity:
         Counts of the last 30 days decide, then all-time counts, then the index. After the end of the
         data the last 30 days of data count: a bundle does not forget what is popular by getting older.
         """
-        return self.ranked(min(as_of // DAY, self._end))
+        return self.ranked(min(as_of // DAY, self.end))
 
     def is_latest(self, as_of: int) -> bool:
         """Whether all data count at `as_of`, as they do for all who ask about now."""
-        return as_of // DAY >= self._end
+        return as_of // DAY >= self.end
 
     @property
-    def _end(self) -> int:
-        """The day after the last one with data."""
-        return int(self.day[-1]) + 1 if len(self.day) else 0
+    def end(self) -> int:
+        """The day after the last one with data; 0 without data."""
+        return int(self.days[-1]) + 1 if len(self.days) else 0
 
     def _ranked(self, day: int) -> IntArray:
         recent, ever = self.popular(day * DAY, RECENT_DAYS)[1:], self.popular(day * DAY)[1:]

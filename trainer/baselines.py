@@ -61,8 +61,7 @@ def popularity_scores(cases: Cases, popularity: Popularity, window: int | None) 
     For targets after the end of the training events (a temporal split) the last days of training count: the model
     was not trained on later ones either.
     """
-    end = int(popularity.day[-1]) + 1 if len(popularity.day) else 0
-    days = np.minimum(cases.timestamp // DAY, end)  # (C,)
+    days = np.minimum(cases.timestamp // DAY, popularity.end)  # (C,)
     counts = lru_cache(maxsize=1024)(lambda day: popularity.popular(day * DAY, window)[1:].astype(np.float32))
     return lambda part: np.stack([counts(int(day)) for day in days[part]])
 
