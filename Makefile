@@ -1,4 +1,4 @@
-# Every target does its own set-up with pip in .venv. One prerequisite: a C++ compiler, for hnswlib.
+# Every target does its own set-up with pip in .venv; deploy/prerequisites.py looks for what pip cannot bring.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

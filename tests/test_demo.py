@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 
 from deploy import demo as demo_module
 from deploy.demo import main, port_is_free, wait_until_ready
+from deploy.prerequisites import missing
 from service.__main__ import main as service_main
 from tests.servers import free_port
 from trainer.__main__ import app as trainer_app
@@ -79,6 +81,20 @@ def test_a_compiler_named_by_cxx_counts(tmp_path: Path) -> None:
     compiler = tmp_path / "my-compiler"
     compiler.touch(mode=0o755)
     assert "C++ compiler" not in prerequisites({"PATH": "", "CXX": str(compiler)}).stderr
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "told"), [("linux", "x86_64", 0), ("linux", "aarch64", 1), ("darwin", "x86_64", 1)]
+)
+def test_a_redis_is_asked_for_where_pip_brings_none(
+    system: str, machine: str, told: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sum("redis-server" in line for line in missing()) == told
+    (tmp_path / "redis-server").touch(mode=0o755)
+    assert not any("redis-server" in line for line in missing())
 
 
 # Waiting for the service

@@ -180,7 +180,7 @@ def test_the_example_response_has_the_fields_of_a_real_one() -> None:
 
 
 def test_presets_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"\b(?:sasrec|bert4rec)-[a-z0-9-]+\b", README))
+    named = set(re.findall(r"(?<![/-])\b(?:sasrec|bert4rec)-[a-z0-9-]+\b", README))
     assert named
     assert named <= set(preset_names())
 

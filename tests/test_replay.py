@@ -181,6 +181,12 @@ def test_a_key_that_is_missing_or_wrong(trained: Setting, key: str | None, said:
     assert said in done.err
 
 
+def test_without_a_bundle_nobody_can_tell(tmp_path: Path) -> None:
+    done = call("replay", "sasrec-quick", "--bundles", str(tmp_path))
+    assert done.code == 2
+    assert "nothing is published" in done.err
+
+
 @pytest.mark.slow
 def test_no_service_is_there(trained: Setting) -> None:
     done = trained.replay("--url", f"http://127.0.0.1:{free_port()}")

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 # Before torch and numpy start their pools: two libraries with a pool each fight for the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
-# Waiting threads sleep instead of spinning: on a machine with other work, spinning costs more than it saves (README).
+# Waiting threads sleep instead of spinning: on a machine with other work, spinning costs more than it saves.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
@@ -362,13 +362,13 @@ def replay_command(
     candidates: Annotated[int, typer.Option(envvar="UPNEXT_CANDIDATES", min=1, help="As the service has it.")] = 200,
 ) -> None:
     """Skew alarm: compare a running service with its bundle offline. Exit status 1: they differ; 2: nobody can tell."""
-    bundle, name = live_model(bundles, model, retrieval)
     try:
+        bundle, name = live_model(bundles, model, retrieval)
         with service_at(url, api_key, bundle.version) as service:
             service.check_version()
             dataset = dataset_for(bundle, configs_of(presets)[0])
             found = replay(bundle, dataset, service, Options(name, k, users, seed, candidates))
-    except ReplayError as error:
+    except (ReplayError, *KNOWN_ERRORS) as error:
         complain(error)
         raise typer.Exit(2) from None
     say(f"{url} and {name} of {bundle.version}:")

@@ -7,7 +7,7 @@ search (200 candidates, 50 seen items) in this process; recall of the best 100 a
 all queries; the fewest items that came back of 100 asked for; and the median over HTTP, one caller at a time, of
 services with one worker that all run at once, measured in alternating rounds.
 
-Bundles are made once and kept in --cache: a minute and a half for 200,000 items; a million took 39 minutes beside
+Bundles are made once and kept in --cache: a minute and a half for 200,000 items; a million took 65 minutes beside
 other work (an HNSW index takes its time), which is why that size must be asked for. Vectors lie in clusters (see
 bundles.py), and so do queries: histories of items that are near each other, through the bundle's own network.
 `--bundle` takes a folder of bundles that training has published instead, without HTTP and without shares: made-up
