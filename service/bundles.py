@@ -31,6 +31,7 @@ from service.errors import CatalogueDown, NoBundle, UnknownModel
 from service.history import READ_SECONDS, database_failures_as
 from service.memory import trim, uncollected
 from service.metrics import Metrics
+from service.patience import detached
 from service.queries import QueryVectors
 from service.settings import Settings
 from shared.bundle import CURRENT, HOW_TO_PUBLISH, Bundle, BundleError, Model, current_version, previous_version
@@ -268,7 +269,7 @@ class Live:
             if not self.catalogue_read:
                 with database_failures_as(CatalogueUnavailable, self.metrics.failed):
                     async with asyncio.timeout(READ_SECONDS):  # the start of the worker waits for it
-                        await check_schema(self.catalogue.engine)
+                        await detached(check_schema(self.catalogue.engine))
             revision, changes = await self.catalogue.changes_since(0 if again else self.revision)
         except (CatalogueUnavailable, SchemaError, SQLAlchemyError, OSError) as error:
             self._again |= again

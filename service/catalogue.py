@@ -7,11 +7,9 @@ last revision it saw misses none.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from sqlalchemy import null, select, update
 from sqlalchemy.dialects import postgresql, sqlite
@@ -19,10 +17,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.commit import SECONDS as WRITE_SECONDS
 from service.history import database_failures_as, reading
+from service.patience import in_transaction
 from service.redis_line import Failed
 from shared.catalogue import ItemChange
 from shared.database import catalogue_revision, items
 from shared.events import ItemId
+
+T = TypeVar("T")
 
 _COLUMNS: Final = tuple(items.c[name] for name in ItemChange.__dataclass_fields__)
 PAGE: Final = 5_000
@@ -57,11 +58,10 @@ class LiveCatalogue:
 
     async def get(self, item_id: ItemId) -> ItemChange | None:
         """The item's row; None when nothing was changed since the bundle."""
-        async with self._reading() as connection:
-            return await self._row(connection, item_id)
+        return await self._reading(lambda connection: self._row(connection, item_id))
 
-    def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        return reading(self.engine, CatalogueUnavailable, self.failed)
+    async def _reading(self, act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        return await reading(self.engine, CatalogueUnavailable, self.failed, act)
 
     @staticmethod
     async def _row(connection: AsyncConnection, item_id: ItemId) -> ItemChange | None:
@@ -73,19 +73,22 @@ class LiveCatalogue:
 
         What `decide` raises is raised here, and nothing is written.
         """
+
+        async def write(connection: AsyncConnection) -> ItemChange:
+            revision = (await connection.execute(_NEXT)).scalar_one()  # from here on nobody else writes
+            chosen = decide(await self._row(connection, item_id))
+            fields: dict[str, Any] = {**chosen._asdict(), "loaded": False, "revision": revision}
+            # A JSON column would store None as the JSON text null.
+            fields["categories"] = null() if chosen.categories is None else list(chosen.categories)
+            statement = (
+                self._upsert_into.values(item_id=item_id, **fields)
+                .on_conflict_do_update(index_elements=[items.c.item_id], set_=fields)
+                .returning(*_COLUMNS)
+            )
+            return _change((await connection.execute(statement)).one())
+
         with database_failures_as(CatalogueUnavailable, self.failed):
-            async with asyncio.timeout(WRITE_SECONDS), self.engine.begin() as connection:
-                revision = (await connection.execute(_NEXT)).scalar_one()  # from here on nobody else writes
-                chosen = decide(await self._row(connection, item_id))
-                fields: dict[str, Any] = {**chosen._asdict(), "loaded": False, "revision": revision}
-                # A JSON column would store None as the JSON text null.
-                fields["categories"] = null() if chosen.categories is None else list(chosen.categories)
-                statement = (
-                    self._upsert_into.values(item_id=item_id, **fields)
-                    .on_conflict_do_update(index_elements=[items.c.item_id], set_=fields)
-                    .returning(*_COLUMNS)
-                )
-                return _change((await connection.execute(statement)).one())
+            return await in_transaction(self.engine, WRITE_SECONDS, write)
 
     async def changes_since(self, revision: int) -> tuple[int, list[ItemChange]]:
         """The catalogue's revision, and all rows changed after `revision`, oldest change first.
@@ -94,9 +97,12 @@ class LiveCatalogue:
         loaded catalogue say, is read page by page, each with its own time, in the order of the primary key.
         """
         query = select(*_COLUMNS).where(items.c.revision > revision).order_by(items.c.revision).limit(PAGE)
-        async with self._reading() as connection:
+
+        async def ask(connection: AsyncConnection) -> tuple[int, Sequence[Any]]:
             current: int = (await connection.execute(select(catalogue_revision.c.revision))).scalar_one()
-            rows = (await connection.execute(query)).all() if current != revision else []
+            return current, (await connection.execute(query)).all() if current != revision else []
+
+        current, rows = await self._reading(ask)
         if len(rows) == PAGE:
             rows = await self._all_since(revision)
         return current, [_change(row) for row in rows]
@@ -105,14 +111,15 @@ class LiveCatalogue:
         # Of a sum there is no index: it would have each page sort all that is left.
         query = select(*_COLUMNS).where(items.c.revision + 0 > revision).order_by(items.c.item_id).limit(PAGE)
         found: list[Any] = []
-        last = ""
+
+        async def page(connection: AsyncConnection) -> Sequence[Any]:
+            return (await connection.execute(query.where(items.c.item_id > (found[-1].item_id if found else "")))).all()
+
         while True:
-            async with self._reading() as connection:
-                rows = (await connection.execute(query.where(items.c.item_id > last))).all()
+            rows = await self._reading(page)
             found += rows
             if len(rows) < PAGE:
                 return sorted(found, key=attrgetter("revision"))
-            last = rows[-1].item_id
 
 
 def _change(row: Any) -> ItemChange:

@@ -16,21 +16,24 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache, partial
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.history import StoredEvent
+from service.patience import in_transaction
 from shared import times
 from shared.database import prepare_sqlite
 from shared.erasure import pseudonym
+
+T = TypeVar("T")
 
 SECONDS: Final = 5.0
 """A PostgreSQL that takes longer for one transaction is taken for one that does not answer; on SQLite, how long a
@@ -206,7 +209,8 @@ class PostgresWriter:
 
     async def write(self, rows: Sequence[Row], judge: Judge) -> Log:
         """See `Writer`."""
-        async with self._transaction() as connection:
+
+        async def write(connection: AsyncConnection) -> Log:
             columns = [list(column) for column in zip(*rows, strict=True)]
             inserted = await connection.exec_driver_sql(_INSERT_ALL, (*columns, times.now()))
             seqs: dict[Identity, int] = {(row.user_id, row.event_id): row.seq for row in inserted}
@@ -216,18 +220,17 @@ class PostgresWriter:
             erased = await connection.run_sync(lambda c: self._refusals.among(partial(_ask_postgresql, c), rows))
             known = _together(rows, seqs, found, erased)
             judge(known)
-        return known
+            return known
+
+        return await self._transaction(write)
 
     async def forget(self, seqs: Sequence[int]) -> None:
         """See `Writer`."""
-        async with self._transaction() as connection:
-            await connection.exec_driver_sql(_FORGET_ALL, (list(seqs),))
+        await self._transaction(lambda connection: connection.exec_driver_sql(_FORGET_ALL, (list(seqs),)))
 
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+    async def _transaction(self, act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         try:
-            async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
-                yield connection
+            return await in_transaction(self.engine, SECONDS, act)
         except DBAPIError as error:
             state, lost = getattr(error.orig, "sqlstate", None) or "", error.connection_invalidated
             if state.startswith(_MISTAKES):

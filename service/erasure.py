@@ -9,7 +9,6 @@ even later. The second drop takes it away again, and the third what came to an e
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.history import HistoryStore, database_failures_as
+from service.patience import in_transaction, with_connection
 from shared import times
 from shared.database import LATE, cache_outbox, erased_events, erasures, events
 from shared.erasure import has_erasure, pseudonym, read_key
@@ -60,22 +60,21 @@ class Eraser:
         """Erase all events of the user; again, those that came since. Raises ErasureUnavailable, ErasureUnknown."""
         try:
             with database_failures_as(ErasureUnavailable, self.histories.failed):
-                async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
-                    if not await has_erasure(connection):
-                        raise ErasureUnknown
+                if not await with_connection(self.engine, SECONDS, has_erasure):
+                    raise ErasureUnknown
                 # Another transaction: SQLite's cannot write after it has read what somebody else changes meanwhile.
-                async with asyncio.timeout(SECONDS), self.engine.begin() as connection:
-                    done = await self._erase(connection, user_id)
+                done = await in_transaction(self.engine, SECONDS, lambda connection: self._erase(connection, user_id))
         finally:  # also where the commit's answer did not come
             await self.histories.drop([user_id])  # if Redis is down, this process and the sweep of the outbox see to it
         return done
 
     async def _erase(self, connection: AsyncConnection, user_id: str) -> Erasure:
         await self._wait_for_writers(connection)
-        # Below zero: no event has such a number, and no worker takes the row for one that reached the cache.
+        await connection.execute(delete(cache_outbox).where(cache_outbox.c.user_id == user_id))
+        # Below zero: no event has such a number, and no worker takes the row for one that reached the cache. The time
+        # is taken behind the first statement, which may have waited for SQLite's other writers.
         written, number = times.now(), -1 - secrets.randbelow(2**53)
         marks = [{"seq": seq, "user_id": user_id, "written": written} for seq in (number, LATE + number)]
-        await connection.execute(delete(cache_outbox).where(cache_outbox.c.user_id == user_id))
         await connection.execute(insert(cache_outbox), marks)
         gone = delete(events).where(events.c.user_id == user_id).returning(events.c.event_id, events.c.timestamp)
         rows = (await connection.execute(gone)).all()

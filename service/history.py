@@ -28,12 +28,11 @@ import logging
 import secrets
 import sqlite3
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 from redis.asyncio import Redis
@@ -41,7 +40,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingErr
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from service import redis_line
+from service import patience, redis_line
 from service.bulkhead import Bulkhead
 from service.log_reader import reader_for
 from service.redis_cluster import ClusterLines, RedisCluster
@@ -50,6 +49,8 @@ from shared.events import Events, HistoryPolicy, IntArray, KeyArray, history_of,
 from shared.times import BEGINNING
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WINDOW: Final = 256
 """Sequence events in a cached entry: more than any model's T."""
@@ -60,6 +61,9 @@ READ_SECONDS: Final = 2.0
 READERS: Final = 6
 """Histories that a worker reads from the log at a time: when all of the cache is gone, other work still has room."""
 MAX_DIRTY: Final = 100_000
+"""Users known by name whose entries may lack an event; when there are more, all entries of all users are dropped."""
+DROPPED: Final = 256
+"""Entries that are dropped at a time: a Redis that is away is found out by the first few."""
 
 _META: Final = struct.Struct("<8sqqq")  # fingerprint, newest, time and seq of the newest sequence event
 _RECORD: Final = np.dtype([("timestamp", "<i8"), ("tag", "<i8"), ("key", "<u8")])
@@ -172,12 +176,12 @@ def database_failures_as(error: type[Exception], failed: Failed) -> Iterator[Non
         raise error(f"{type(cause).__name__}: {cause}".splitlines()[0]) from cause
 
 
-@asynccontextmanager
-async def reading(engine: AsyncEngine, error: type[Exception], failed: Failed) -> AsyncIterator[AsyncConnection]:
-    """A connection to read by, for READ_SECONDS in all. Failures and slowness become `error`."""
+async def reading(
+    engine: AsyncEngine, error: type[Exception], failed: Failed, act: Callable[[AsyncConnection], Awaitable[T]]
+) -> T:
+    """What `act` returns for a connection to read by, within READ_SECONDS. Failures and slowness become `error`."""
     with database_failures_as(error, failed):
-        async with asyncio.timeout(READ_SECONDS), engine.connect() as connection:
-            yield connection
+        return await patience.with_connection(engine, READ_SECONDS, act)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +277,7 @@ class HistoryStore:
         # Users whose entry may lack an event that was acknowledged here, and the number of the last such event.
         self._dirty: dict[str, int] = {}
         self._lost = 0
+        self._all_dirty: int | None = None  # the same for any user: there were too many to know them all
 
     async def read(self, user_id: str, policy: HistoryPolicy, as_of: int | None = None) -> UserHistory:
         """The user's history; with `as_of` (epoch microseconds), of events with timestamp <= as_of.
@@ -315,8 +320,15 @@ class HistoryStore:
 
     async def drop_dirty(self) -> None:
         """Drop the entries that may lack an event acknowledged here, so that other workers do not read them either."""
-        if self._dirty:
-            await self.drop(list(self._dirty))
+        if (lost := self._all_dirty) is not None:
+            if not (await self.ping() and await self.drop_all()):
+                return
+            if self._all_dirty == lost:
+                self._all_dirty = None
+        users = list(self._dirty)
+        for start in range(0, len(users), DROPPED):
+            if not await self.drop(users[start : start + DROPPED]):
+                return
 
     async def drop(self, user_ids: Iterable[str]) -> bool:
         """Drop entries, so that the next reads rebuild them; True if Redis took all of it."""
@@ -350,8 +362,8 @@ class HistoryStore:
             for user_id in users:
                 self._dirty.pop(user_id, None)  # to the end of the line
                 self._dirty[user_id] = self._lost
-            for user_id in list(islice(self._dirty, max(0, len(self._dirty) - MAX_DIRTY))):
-                del self._dirty[user_id]  # the sweep of the outbox will come by
+            if len(self._dirty) > MAX_DIRTY:
+                self._dirty, self._all_dirty = {}, self._lost
             if isinstance(error, RedisDown):
                 return False
             raise
@@ -375,7 +387,7 @@ class HistoryStore:
 
     async def _cached(self, user_id: str, policy: HistoryPolicy) -> tuple[_Entry | None, bytes | None]:
         """The complete entry of this policy, else the marker that stands there. Raises RedisDown."""
-        if user_id in self._dirty and not await self.drop([user_id]):
+        if self._all_dirty is not None or (user_id in self._dirty and not await self.drop([user_id])):
             raise RedisDown("the entry may lack an event")
         [(meta, window, others, marker)] = await self._line.ask([Command(user_id, ("HMGET",), ("m", "w", "s", "t"))])
         if meta is None or not meta.startswith(_fingerprint(policy)):
@@ -424,9 +436,13 @@ class HistoryStore:
     ) -> _Entry:
         """The entry as the log has it now. Raises HistoryUnavailable."""
         with database_failures_as(HistoryUnavailable, self.failed):
-            async with asyncio.timeout(READ_SECONDS), self._readers:
-                rows = await self._log.rows(user_id, as_of)
+            async with asyncio.timeout(READ_SECONDS):
+                rows = await patience.detached(self._rows(user_id, as_of))
         return _entry_of(rows, policy, len(rows) if whole else self.window)
+
+    async def _rows(self, user_id: str, as_of: int | None) -> Sequence[Sequence[Any]]:
+        async with self._readers:
+            return await self._log.rows(user_id, as_of)
 
 
 def _entry_of(rows: Sequence[Any], policy: HistoryPolicy, window: int) -> _Entry:

@@ -26,10 +26,10 @@ from functools import partial
 from json.encoder import encode_basestring_ascii as quoted
 from operator import attrgetter
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import Select, select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.bulkhead import Bulkhead
 from service.commit import Identity, Log, Row, WriteFailed, writer_for
@@ -273,9 +273,14 @@ class EventLog:
         """The user's newest `limit` events, oldest first. Raises LogUnavailable."""
         order = (events.c.timestamp.desc(), events.c.seq.desc())
         query = select(*_LOGGED).where(events.c.user_id == user_id).order_by(*order).limit(limit)
-        async with reading(self.engine, LogUnavailable, self.histories.failed) as connection:
-            rows = (await connection.execute(query)).all()
-        return [LoggedEvent(*row) for row in reversed(rows)]
+        return [LoggedEvent(*row) for row in reversed(await self._found(query))]
+
+    async def _found(self, query: Select[Any]) -> Sequence[Any]:
+        async def ask(connection: AsyncConnection) -> Sequence[Any]:
+            rows: Sequence[Any] = (await connection.execute(query)).all()
+            return rows
+
+        return await reading(self.engine, LogUnavailable, self.histories.failed, ask)
 
     async def settle(self) -> int:
         """Sweep the outbox once: drop the entries of users with overdue events; how many events that repaired.
@@ -287,8 +292,7 @@ class EventLog:
         due = (box.written <= now - OVERDUE) & (box.seq >= LATE) | (box.written <= now - LAST_DROP)
         overdue = due | (box.written > now + OVERDUE)
         query = select(box.seq, box.user_id).where(overdue).order_by(box.seq).limit(SWEEP_ROWS)
-        async with reading(self.engine, LogUnavailable, self.histories.failed) as connection:
-            rows = (await connection.execute(query)).all()
+        rows = await self._found(query)
         users = {row.user_id for row in rows}
         if EVERYBODY in users and not await self.histories.drop_all():
             return 0

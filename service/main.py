@@ -24,6 +24,7 @@ from service.ingest import EventLog
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.overload import Bound, InFlight
+from service.patience import STATEMENT_SECONDS
 from service.rates import RateLimit, parse_rate
 from service.recommend import Recommender
 from service.redis_cluster import is_cluster
@@ -95,7 +96,9 @@ async def services_for(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         await stack.enter_async_context(metrics.flushing())
         metrics.starts.inc()
         pool = {"pool_size": CONNECTIONS, "max_overflow": 0, "pool_timeout": POOL_SECONDS}
-        engine = create_engine(settings.database_url, sqlite_kib=READER_KIB, **pool)
+        engine = create_engine(
+            settings.database_url, sqlite_kib=READER_KIB, statement_seconds=STATEMENT_SECONDS, **pool
+        )
         stack.push_async_callback(close, engine)
         create = create_cluster if is_cluster(settings.redis_url) else create_redis
         redis = create(settings.redis_url)

@@ -290,7 +290,12 @@ class RedisLine:
     async def drop_all(self) -> None:
         """Delete all keys of all users, whatever their epoch. Raises RedisDown."""
         try:
-            async for key in self.redis.scan_iter(match=ANY_KEY, count=1_000):
-                await self.redis.delete(key)
+            cursor = -1
+            while cursor != 0:
+                cursor, keys = await self.redis.scan(max(cursor, 0), match=ANY_KEY, count=EXCHANGE)
+                dropping = self.redis.pipeline(transaction=False)
+                for key in keys:  # one by one: those of a cluster may not be named in one command
+                    dropping.unlink(key)
+                await dropping.execute()
         except (RedisError, OSError) as error:
             raise RedisDown(str(error)) from error

@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shared.catalogue import Catalogue, CatalogueError, Item
 from shared.encoder import Encoder, EncoderSpec, Vectors
 from shared.events import HistoryPolicy
+from shared.files import move_durably, sync
 from shared.popularity import Popularity
 from shared.retrieval import Mode, Retriever, load_index
 from shared.times import BEGINNING, END, parse, render_bound
@@ -320,15 +321,7 @@ def _name(file: Path, version: str) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     aside.replace(file)
-    _sync(file.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(file.parent)
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -422,14 +415,7 @@ def seal(folder: Path, bundles: Path, version: str) -> Path:
     target = bundles / version
     if target.exists():
         raise BundleError(f"{target} exists already; bundles are immutable, publish under a new version")
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    for part in (folder, *(f for f in folder.rglob("*") if f.is_dir())):
-        _sync(part)
-    folder.rename(target)
-    _sync(bundles)
+    move_durably(folder, target)
     return target
 
 

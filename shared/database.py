@@ -171,7 +171,7 @@ def plain_engine(url: URL, **options: Any) -> AsyncEngine:
     tls = {name: value for name, value in url.query.items() if name.startswith("ssl")}
     if tls:
         url = url.difference_update_query(tls)
-        options["connect_args"] = {"dsn": f"postgresql://?{urlencode(tls)}"}
+        options["connect_args"] = {**options.get("connect_args", {}), "dsn": f"postgresql://?{urlencode(tls)}"}
     return create_async_engine(url, hide_parameters=True, **options)
 
 
@@ -183,11 +183,16 @@ worker has a dozen, some of which are used once in an hour. One which writes man
 page again and again."""
 
 
-def create_engine(url: str, *, sqlite_kib: int = WRITER_KIB, **options: Any) -> AsyncEngine:
-    """An async engine for `url`; SQLite is set up by `prepare_sqlite`, with `sqlite_kib` of pages a connection."""
+def create_engine(
+    url: str, *, sqlite_kib: int = WRITER_KIB, statement_seconds: float | None = None, **options: Any
+) -> AsyncEngine:
+    """An async engine for `url`; SQLite is set up by `prepare_sqlite`, with `sqlite_kib` of pages a connection.
+
+    A connection to a PostgreSQL that takes longer than `statement_seconds` for a statement is given up.
+    """
     parsed = normalise(url)
     if parsed.get_backend_name() != "sqlite":
-        return plain_engine(parsed, pool_pre_ping=True, **options)
+        return plain_engine(parsed, connect_args={"command_timeout": statement_seconds}, pool_pre_ping=True, **options)
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     return plain_engine(parsed, connect_args={"async_creator_fn": partial(SqliteConnection.to, sqlite_kib)}, **options)

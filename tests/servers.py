@@ -294,7 +294,8 @@ class Proxy:
 
     `delay` holds up each reply by so many seconds. `left`, when set, is how many bytes of replies still pass before
     all connections break. `trigger`: what comes after these bytes were sent to the server is lost, once. `refusal`,
-    when set, is what a client gets to hear instead of PostgreSQL.
+    when set, is what a client gets to hear instead of PostgreSQL. `last`: after these bytes were sent to the server,
+    nothing passes any more in either direction until `cut`, as where a network is gone and says nothing.
     """
 
     def __init__(self, target: Path) -> None:
@@ -303,6 +304,8 @@ class Proxy:
         self.left: int | None = None
         self.trigger: bytes | None = None
         self.refusal: bytes | None = None
+        self.last: bytes | None = None
+        self.silent = False
         self.broken = 0  # times that all connections were broken
         self._pumps: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -325,6 +328,7 @@ class Proxy:
     def cut(self) -> None:
         """Break all connections, as a switch does that loses its power."""
         self.broken += 1
+        self.silent, self.last = False, None
         for writer in self._writers:
             writer.transport.abort()
         self._writers.clear()
@@ -353,7 +357,9 @@ class Proxy:
             while data := await reader.read(65536):
                 if self.trigger is not None and self.trigger in data:
                     self.trigger, self.left = None, 0
-                writer.write(data)
+                if not self.silent:
+                    writer.write(data)
+                self.silent |= self.last is not None and self.last in data
         writer.close()
 
     async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -361,6 +367,8 @@ class Proxy:
             while data := await reader.read(65536):
                 if self.delay:
                     await asyncio.sleep(self.delay)
+                if self.silent:
+                    continue
                 if self.left is not None:
                     data, self.left = data[: self.left], self.left - len(data)
                 writer.write(data)

@@ -16,4 +16,5 @@ def test_nothing_acknowledged_is_lost_doubled_or_out_of_place(database: str, kil
     assert verdict.good(), verdict
     assert sum(figures["kills"].values()) == kills
     assert figures["acknowledged"] > 0
+    assert figures["answers"]["cache"] > 0
     assert figures["worker_starts"] >= 2 + figures["kills"]["worker"]

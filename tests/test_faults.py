@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import select, text, update
 
 from service import bulkhead
-from service.commit import SqliteWriter
+from service.commit import PostgresWriter, SqliteWriter
 from service.ingest import OVERDUE
 from shared import times
 from shared.database import cache_outbox, create_engine, events, migrate, prepare_sqlite
@@ -235,6 +235,7 @@ async def test_redis_breaks_off_in_the_middle_of_a_reply(tmp_path: Path, redis_s
         await again(cached, upnext)
         assert await next_of(upnext, "u") == ("7", "cache")
         assert await failures(upnext, "database") == 0
+        assert await failures(upnext, "redis") == 0
 
 
 # --- the database -------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ async def on_postgres(
     if proxy is not None:
         name = url.split("?")[0].rsplit("/", 1)[1]
         url = f"postgresql://postgres@127.0.0.1:{proxy.port}/{name}"
-    async with serving(folder, redis, cyclic(N), database_url=url, **QUICK, **settings) as upnext:
+    async with serving(folder, redis, cyclic(N), database_url=url, **{**QUICK, **settings}) as upnext:
         yield upnext
 
 
@@ -281,12 +282,15 @@ async def takes_events(upnext: Running) -> bool:
     return (await upnext.http.post("/events", json=view("u", "7", event_id="again"))).status_code == 200
 
 
-async def assert_the_database_is_back(upnext: Running) -> None:
+async def assert_the_database_is_back(upnext: Running, *, exactly: bool = True) -> None:
+    """Events are taken and count; `exactly`: of what was refused meanwhile nothing is stored."""
     await again(takes_events, upnext)
     assert (await next_of(upnext, "u"))[0] == "8"
     assert await next_of(upnext, "v") == ("6", "log")
     history = json_of(await upnext.http.get("/users/u/history"))["events"]
     assert [e["event_id"] for e in history].count("again") == 1
+    if exactly:
+        assert [e["item_id"] for e in history] == ["3", "7"]
 
     async def ready() -> bool:
         return bool(json_of(await upnext.http.get("/readyz"))["status"] == "ready")
@@ -328,7 +332,43 @@ async def test_postgresql_hangs(
                     await assert_served_without_the_database(upnext, "stored or not")
         finally:
             postgres_of_module.thaw()
-        await assert_the_database_is_back(upnext)
+        await assert_the_database_is_back(upnext, exactly=False)
+
+
+@fault("PostgreSQL hangs")
+@pytest.mark.parametrize("word", [b"BEGIN", b"\x00;", b"INSERT INTO events", b"SELECT", b"ROLLBACK", b"COMMIT"])
+async def test_postgresql_says_nothing_more_after(
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer, monkeypatch: pytest.MonkeyPatch,
+    word: bytes,
+) -> None:  # fmt: skip
+    """Wherever in a transaction it is: nobody waits for a driver that waits for the answer to its goodbye."""
+    for name in ("service.history.READ_SECONDS", "service.commit.SECONDS", "service.erasure.SECONDS"):
+        monkeypatch.setattr(name, 0.2)
+    async with (
+        Proxy(postgres_of_module.socket) as proxy,
+        on_postgres(tmp_path, redis_server, postgres_of_module, proxy) as upnext,
+    ):
+        await upnext.view("u", "3")
+        await upnext.view("v", "5")
+        await again(cached, upnext)
+        proxy.last = word
+
+        async def silent() -> bool:
+            await asyncio.gather(upnext.http.post("/events", json=view("w", "9")), upnext.http.get("/users/w/history"))
+            return proxy.silent
+
+        request = upnext.http.request
+
+        async def soon(*arguments: Any, **named: Any) -> Any:
+            async with asyncio.timeout(1.5):  # a goodbye alone takes two
+                return await request(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(upnext.http, "request", soon)
+            await again(silent)
+            await assert_served_without_the_database(upnext, "")
+        proxy.cut()
+        await assert_the_database_is_back(upnext, exactly=False)
 
 
 @fault("PostgreSQL hangs")
@@ -383,8 +423,16 @@ async def test_postgresql_is_starting_up_itself(
 
 @fault("PostgreSQL is slow")
 async def test_postgresql_is_slow(
-    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer
+    tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    transactions, write = 0, PostgresWriter.write
+
+    async def counting(*arguments: Any) -> Any:
+        nonlocal transactions
+        transactions += 1
+        return await write(*arguments)
+
+    monkeypatch.setattr(PostgresWriter, "write", counting)
     async with (
         Proxy(postgres_of_module.socket) as proxy,
         on_postgres(tmp_path, redis_server, postgres_of_module, proxy) as upnext,
@@ -393,8 +441,10 @@ async def test_postgresql_is_slow(
         bodies = [view(f"s{n}", "3", event_id=f"e{n}") for n in range(20)]
         answers = await asyncio.gather(*(upnext.http.post("/events", json=body) for body in bodies))
         assert {answer.status_code for answer in answers} == {200}
+        assert transactions <= 3
         assert await next_of(upnext, "s7") == ("4", "log")
         await again(cached, upnext, "s7")
+        assert await failures(upnext, "database") == 0
 
 
 @fault("The connection to PostgreSQL breaks during a commit")
@@ -402,9 +452,10 @@ async def test_the_connection_to_postgresql_breaks_during_a_commit(
     tmp_path: Path, redis_server: RedisServer, postgres_of_module: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.ingest.FLUSH_SECONDS", 3_600.0)  # the commit shall be that of an event
+    alone = {"catalogue_poll_seconds": 60}  # nor shall anybody else be cut off
     async with (
         Proxy(postgres_of_module.socket) as proxy,
-        on_postgres(tmp_path, redis_server, postgres_of_module, proxy) as upnext,
+        on_postgres(tmp_path, redis_server, postgres_of_module, proxy, **alone) as upnext,
     ):
         await upnext.view("u", "3")
         for item in ("5", "7", "9"):
@@ -416,6 +467,7 @@ async def test_the_connection_to_postgresql_breaks_during_a_commit(
             assert (await next_of(upnext, "u"))[0] == str(int(item) + 1)
         history = json_of(await upnext.http.get("/users/u/history"))["events"]
         assert [event["item_id"] for event in history] == ["3", "5", "7", "9"]
+        assert await failures(upnext, "database") == 0
 
 
 @fault("A table of PostgreSQL is locked")
@@ -438,7 +490,7 @@ async def test_a_table_of_postgresql_is_locked(
             assert await next_of(upnext, "w") == ("10", "log")
             assert await failures(upnext, "database") > 0
         await engine.dispose()
-        await assert_the_database_is_back(upnext)
+        await assert_the_database_is_back(upnext, exactly=False)
 
 
 @fault("SQLite is locked by another program")
@@ -457,6 +509,7 @@ async def test_sqlite_is_locked_by_another_program(
         assert_problem(await upnext.http.post("/events", json=view("u", "7")), 503, "log_unavailable", detail="nothing")
         assert await next_of(upnext, "u") == ("4", "log")  # readers do not wait for writers
         assert await failures(upnext, "database") > 0
+        assert [e["item_id"] for e in json_of(await upnext.http.get("/users/u/history"))["events"]] == ["3"]
         other.execute("ROLLBACK")
         other.close()
         assert await takes_events(upnext)
@@ -526,6 +579,7 @@ async def test_the_disk_of_postgresql_is_full(
         assert_problem(response, 503, "log_unavailable", detail="nothing was stored")
         assert await next_of(upnext, "u") == ("4", "cache")
         assert await next_of(upnext, "w") == ("10", "log")
+        assert [e["item_id"] for e in json_of(await upnext.http.get("/users/u/history"))["events"]] == ["3"]
         assert await failures(upnext, "database") > 0
         async with engine.begin() as other:
             await other.execute(text("DROP TRIGGER no_space ON events"))

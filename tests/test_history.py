@@ -441,6 +441,78 @@ async def test_a_drop_under_way_does_not_stand_for_an_event_lost_since(
     assert "u" not in histories._dirty
 
 
+async def test_of_many_entries_that_lack_an_event_few_are_tried_while_redis_is_away(
+    histories: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    async def down(commands: Sequence[Command]) -> list[Any]:
+        asked.append(len(commands))
+        raise RedisDown("gone")
+
+    async def up(commands: Sequence[Command]) -> list[Any]:
+        asked.append(len(commands))
+        return [1] * len(commands)
+
+    monkeypatch.setattr("service.history.DROPPED", 10)
+    monkeypatch.setattr(histories._line, "ask", down)
+    lost = [StoredEvent(n, f"u{n}", "a", "view", None, NOW) for n in range(95)]
+    assert not await histories.appended(lost, POLICY)
+    asked.clear()
+    await histories.drop_dirty()
+    assert asked == [10]
+    asked.clear()
+    monkeypatch.setattr(histories._line, "ask", up)
+    await histories.drop_dirty()
+    assert asked == [10] * 9 + [5]
+    assert not histories._dirty
+
+
+async def test_when_more_entries_lack_an_event_than_can_be_known_none_is_read(
+    redis_of_test: RedisServer, sqlite_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.history.MAX_DIRTY", 3)
+    async with store_on(redis_of_test.url, sqlite_engine) as histories:
+        log, users = EventLog(sqlite_engine, histories), [f"u{n}" for n in range(6)]
+        for user in users:
+            await log.append([event("a", 1, user)], POLICY, NOW)
+            await histories.read(user, POLICY)
+        assert isinstance(histories._line, RedisLine)
+        histories._line.failed, histories._line.paused_until = True, float("inf")  # as after a timeout a moment ago
+        for user in users:
+            await log.append([event("b", 2, user)], POLICY, NOW)
+        await histories.drop_dirty()  # in vain
+        histories._line.failed = False
+        for user in users:
+            history = await histories.read(user, POLICY)
+            assert (list(history.items), history.source) == (keys("a", "b"), "log")
+        await histories.drop_dirty()
+        assert redis_of_test.keys() == []
+        for source in ("log", "cache"):
+            for user in users:
+                history = await histories.read(user, POLICY)
+                assert (list(history.items), history.source) == (keys("a", "b"), source)
+
+
+async def test_a_cached_read_is_one_round_trip(
+    redis: Redis, sqlite_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories = HistoryStore(redis, sqlite_engine)
+    await EventLog(sqlite_engine, histories).append([event("a")], POLICY, NOW)
+    await histories.read("u", POLICY)
+    assert isinstance(histories._line, RedisLine)
+    exchange, sizes = histories._line._exchange, []
+
+    async def exchanging(commands: Sequence[Command]) -> list[Any]:
+        sizes.append(len(commands))
+        return await exchange(commands)
+
+    monkeypatch.setattr(histories._line, "_exchange", exchanging)
+    for _ in range(20):
+        assert (await histories.read("u", POLICY)).source == "cache"
+    assert sizes == [1] * 20
+
+
 # --- rebuilds -----------------------------------------------------------------------------------------
 
 

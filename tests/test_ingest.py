@@ -167,10 +167,28 @@ async def test_requests_at_the_same_time_share_transactions(
 
 
 async def test_a_lone_request_waits_for_no_company(event_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = watched(event_log, monkeypatch)
+    turns, begun, write = 0, [], event_log._writer.write
+
+    async def turning() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def writing(rows: Sequence[Row], judge: Judge) -> Log:
+        begun.append((turns, len(rows)))
+        return await write(rows, judge)
+
+    monkeypatch.setattr(event_log._writer, "write", writing)
+    counting = asyncio.create_task(turning())
     for n in range(3):
+        await asyncio.sleep(0)
+        sent = turns
         await event_log.append([event(f"i{n}")], POLICY, NOW)
-    assert sizes == [1, 1, 1]
+        at, size = begun[n]
+        assert size == 1
+        assert at - sent < 5  # any wait, however short, is many turns of the event loop
+    counting.cancel()
 
 
 async def test_a_conflict_is_of_one_request_alone(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select
@@ -70,12 +70,10 @@ async def test_changes_come_in_pages(
     await put_row(catalogue, "i3")
     read, pages = catalogue._reading, count(1)
 
-    @asynccontextmanager
-    async def changing() -> AsyncIterator[AsyncConnection]:
+    async def changing(act: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:
         if next(pages) == 3:  # i0 to i2 were read a moment ago
             await put_row(catalogue, "i1", withdrawn=True)
-        async with read() as connection:
-            yield connection
+        return await read(act)
 
     monkeypatch.setattr(catalogue, "_reading", changing)
     revision, changes = await catalogue.changes_since(0)

@@ -91,14 +91,18 @@ async def test_a_bad_bundle_leaves_the_old_one_live(tmp_path: Path, redis_server
             point_current(bundles, "bad")
         await until(lambda: upnext.services.live.bundle_failure is not None)
         assert (await upnext.ask("u"))["model"]["version"] == "2000-03-01T00-00-00Z-test"
+        await upnext.view("u", "3")
+        assert (await upnext.ids("u"))[0] == "4"
         ready = json_of(await upnext.http.get("/readyz"))
         assert ready["status"] == "degraded"
         assert ready["checks"]["bundle"] != "ok"
+        assert await counted(upnext, "upnext_bundle_current") == 0
         await upnext.services.live.follow_bundle()  # not tried again until CURRENT changes
         assert await failures(upnext) == 1
         write_bundle(bundles, cyclic(14), version="good")
         await until(lambda: upnext.services.live.now_serving().bundle.version == "good")
         assert json_of(await upnext.http.get("/readyz"))["checks"]["bundle"] == "ok"
+        assert await counted(upnext, "upnext_bundle_current") == 1
 
 
 async def test_a_bundle_without_a_required_model_leaves_the_old_one_live(
@@ -186,7 +190,9 @@ async def test_a_bundle_whose_files_arrive_late_goes_live(
             whole = file.read_bytes()
             place.write_bytes(whole[: len(whole) // 2])
             await asyncio.sleep(0.02)
-            assert (await upnext.ask("u"))["model"]["version"] == "2000-03-01T00-00-00Z-test"
+            await upnext.view("u", "3")
+            answer = await upnext.ask("u")
+            assert (answer["model"]["version"], ids_of(answer)[0]) == ("2000-03-01T00-00-00Z-test", "4")
             place.write_bytes(whole)
         await until(lambda: upnext.services.live.now_serving().bundle.version == "late")
         assert upnext.services.live.bundle_failure is None

@@ -44,6 +44,7 @@ from shared.database import (
     normalise,
 )
 from shared.erasure import Tombstones, TombstonesError, read_tombstones
+from shared.files import move_durably
 from trainer.errors import TrainerError
 
 FORMAT: Final = 1
@@ -195,7 +196,7 @@ def _aside(folder: Path) -> Iterator[Path]:
     staging.mkdir(mode=0o700)
     try:
         yield staging
-        staging.rename(folder)
+        move_durably(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

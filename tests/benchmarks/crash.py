@@ -3,7 +3,8 @@
     python -m tests.benchmarks.crash [--kills 200] [--database postgresql|sqlite] [--workers 2] [--seed 0]
 
 Clients post numbered events, one request after the other, and send a request again (the same ids) until it is
-acknowledged; events without an id are sent once. Meanwhile workers, Redis and PostgreSQL are killed with -9 in random
+acknowledged; events without an id are sent once. Viewers ask after each of their events what comes next: the answer
+must know of it, wherever the history came from. Meanwhile workers, Redis and PostgreSQL are killed with -9 in random
 order. In the end every acknowledged event must be in the log exactly once, as it was sent, and all histories must show
 them in their places: by time, and by arrival where times are equal.
 """
@@ -36,10 +37,15 @@ from tests.benchmarks.stack import Stack, machine, stack
 from tests.serving import value_of
 
 CLIENTS: Final = 6
+VIEWERS: Final = 2
+VIEWS: Final = 480  # of a viewer's user, fewer than the items there are
 USERS: Final = 4  # of each client
 START: Final = parse("2026-01-01T00:00:00Z")
 BETWEEN: Final = 15  # acknowledged requests between two kills, so that there is something to lose
 GIVE_UP: Final = 60.0  # seconds
+STALE: Final = OVERDUE / SECOND + SWEEP_SECONDS + 1
+"""Seconds for which other workers may answer from an old entry, where the worker that took an event could not reach
+Redis and died before it could drop the entry."""
 
 
 @dataclass
@@ -79,15 +85,19 @@ class Client:
                     if await self.post(http, batch):
                         self.keep(batch)
                     continue
-                named = [event | {"event_id": event["session_id"]} for event in batch]
-                started = time.monotonic()
-                while not await self.post(http, named):
-                    if time.monotonic() - started > GIVE_UP:
-                        raise RuntimeError(f"no acknowledgement for {GIVE_UP:.0f} s: {self.refused}")
-                    await asyncio.sleep(0.05)
-                self.longest = max(self.longest, time.monotonic() - started)
-                self.keep(batch)
+                await self.insist(http, batch)
                 await asyncio.sleep(self.dice.random() / 50)
+
+    async def insist(self, http: httpx.AsyncClient, batch: list[dict[str, Any]]) -> None:
+        """Post until it is acknowledged."""
+        named = [event | {"event_id": event["session_id"]} for event in batch]
+        started = time.monotonic()
+        while not await self.post(http, named):
+            if time.monotonic() - started > GIVE_UP:
+                raise RuntimeError(f"no acknowledgement for {GIVE_UP:.0f} s: {self.refused}")
+            await asyncio.sleep(0.05)
+        self.longest = max(self.longest, time.monotonic() - started)
+        self.keep(batch)
 
     async def post(self, http: httpx.AsyncClient, batch: list[dict[str, Any]]) -> bool:
         """One try; whether it was acknowledged. What must not happen at all raises."""
@@ -107,6 +117,56 @@ class Client:
         """The batch was acknowledged."""
         self.requests += 1
         self.acknowledged |= {event["session_id"]: event for event in batch}
+
+
+@dataclass
+class Viewer(Client):
+    """Views item after item, and looks each time whether the answer is the one that comes next."""
+
+    answers: Counter[str] = field(default_factory=Counter)  # by where the history came from
+    late: int = 0  # events that did not count at once, but within STALE
+    stale: list[str] = field(default_factory=list)
+
+    def new(self) -> dict[str, Any]:
+        """The next event, at the time at which the service gets it."""
+        user, view = divmod(self.sent, VIEWS)
+        self.sent += 1
+        name = f"v{self.number}-{user}"
+        return {
+            "user_id": name, "item_id": str(view + 1), "event_type": "view", "session_id": f"{name}-{view + 1}",
+        }  # fmt: skip
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """View and ask until told to stop, over a new connection each time: to any worker."""
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=self.url, timeout=15, limits=limits) as http:
+            while not stop.is_set():
+                event = self.new()
+                await self.insist(http, [event])
+                deadline = time.monotonic() + STALE
+                if not await self.knows(http, event):
+                    self.late += 1
+                    while not await self.knows(http, event):
+                        if time.monotonic() > deadline:
+                            self.stale.append(event["session_id"])
+                            break
+                        await asyncio.sleep(0.05)
+                await asyncio.sleep(self.dice.random() / 50)
+
+    async def knows(self, http: httpx.AsyncClient, event: dict[str, Any]) -> bool:
+        """Whether the next answer is what comes after `event`, or nobody can say: neither Redis nor SQL answers."""
+        try:
+            answer = await http.get(f"/recommend/{event['user_id']}", params={"n": 1})
+        except httpx.TransportError as error:
+            self.refused[type(error).__name__] += 1
+            return True
+        if answer.status_code == 503:
+            self.refused[answer.json()["type"]] += 1
+            return True
+        found = answer.raise_for_status().json()
+        self.answers[found["history_source"]] += 1
+        is_next: bool = found["items"][0]["item_id"] == str(int(event["item_id"]) + 1)
+        return is_next or found["history_source"] == "none"
 
 
 @dataclass
@@ -161,10 +221,11 @@ class Verdict:
     changed: list[str]
     out_of_place: list[str]
     invented: list[str]
+    stale: list[str]
 
     def good(self) -> bool:
         """Whether every promise was kept."""
-        return not any((self.lost, self.doubled, self.changed, self.out_of_place, self.invented))
+        return not any(vars(self).values())
 
 
 async def examine(running: Stack, clients: list[Client]) -> Verdict:
@@ -182,7 +243,7 @@ async def examine(running: Stack, clients: list[Client]) -> Verdict:
         for name, event in acknowledged.items()
         if (row := found.get(name))
         and (row.user_id, row.item_id, render(row.timestamp))
-        != (event["user_id"], event["item_id"], event["timestamp"])
+        != (event["user_id"], event["item_id"], event.get("timestamp", render(row.timestamp)))
     ]
     out_of_place = []
     for client in clients:  # a client sends after an acknowledgement: later sent is later arrived
@@ -209,25 +270,28 @@ async def examine(running: Stack, clients: list[Client]) -> Verdict:
         changed=changed,
         out_of_place=out_of_place,
         invented=[name for name in found if name not in sendable],
+        stale=[name for client in clients if isinstance(client, Viewer) for name in client.stale],
     )
 
 
 def crash(database: str, kills: int, workers: int = 2, seed: int = 0) -> tuple[Verdict, dict[str, Any]]:
     """The whole run: the verdict, and figures about it."""
     with stack(database, workers=workers) as running:
-        clients = [Client(n, running.url, random.Random(f"{seed} {n}")) for n in range(CLIENTS)]
+        viewers = [Viewer(n, running.url, random.Random(f"{seed} v{n}")) for n in range(VIEWERS)]
+        clients = [*viewers, *(Client(n, running.url, random.Random(f"{seed} {n}")) for n in range(CLIENTS))]
         killer = Killer(running, random.Random(seed))
         started = time.monotonic()
         asyncio.run(rage(clients, killer, kills))
         seconds = time.monotonic() - started
-        # The longest that a worker killed between commit and cache may leave an old entry behind.
-        time.sleep(OVERDUE / SECOND + SWEEP_SECONDS + 1)
+        time.sleep(STALE)
         verdict = asyncio.run(examine(running, clients))
         starts = worker_starts(running.url, workers + killer.killed["worker"])
     figures = {
         "benchmark": "crash", "machine": machine(), "database": database, "workers": workers, "seed": seed,
         "kills": dict(killer.killed), "worker_starts": starts, "seconds": round(seconds, 1),
         "acknowledged": sum(len(client.acknowledged) for client in clients),
+        "answers": dict(sum((viewer.answers for viewer in viewers), Counter())),
+        "late": sum(viewer.late for viewer in viewers),
         "refused_tries": dict(sum((client.refused for client in clients), Counter())),
         "longest_wait_seconds": round(max(client.longest for client in clients), 2),
         **{name: len(found) for name, found in vars(verdict).items()},
