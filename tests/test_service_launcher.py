@@ -481,7 +481,7 @@ def test_starts_without_its_database_and_serves_when_it_comes(folder: Path, post
         refused = client.post("/events", json=event)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
         asked = client.get("/recommend/u")
-        assert (asked.status_code, asked.json()["type"].rsplit("/", 1)[1]) == (503, "catalogue_unavailable")
+        assert (asked.status_code, asked.json()["type"].rsplit(":", 1)[1]) == (503, "catalogue_unavailable")
         assert counted(client, DATABASE_FAILURES) > 0
         done = subprocess.run(
             command("migrate"), cwd=folder, env=environment(folder, database_url=url), capture_output=True, check=False
