@@ -290,12 +290,14 @@ class RedisLine:
     async def drop_all(self) -> None:
         """Delete all keys of all users, whatever their epoch. Raises RedisDown."""
         try:
-            cursor = -1
-            while cursor != 0:
-                cursor, keys = await self.redis.scan(max(cursor, 0), match=ANY_KEY, count=EXCHANGE)
+            cursor = 0
+            while True:
+                cursor, keys = await self.redis.scan(cursor, match=ANY_KEY, count=EXCHANGE)
                 dropping = self.redis.pipeline(transaction=False)
                 for key in keys:  # one by one: those of a cluster may not be named in one command
                     dropping.unlink(key)
                 await dropping.execute()
+                if cursor == 0:
+                    return
         except (RedisError, OSError) as error:
             raise RedisDown(str(error)) from error
