@@ -71,7 +71,7 @@ class ItemChange:
 class Items(Sequence[Item]):
     """Items in columns, each put together when it is asked for. Immutable.
 
-    A million take some 55 MB; as objects, which they were once, they took 700.
+    A million take 52 MB; as objects, which they were once, they took 700.
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
