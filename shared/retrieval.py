@@ -46,6 +46,9 @@ SCORES: Final = 1 << 20
 """Products that are made at a time: 4 MB."""
 GATHERED: Final = 2_048
 """Vectors that are gathered at a time: at width 64 half a megabyte, which stays in the processor's cache."""
+ROWS: Final = 16
+"""Items are ranked by products of so many rows at a time, or twice as many and so on. BLAS takes rows in fours or eights
+and rounds what is left over in another way, so that of two items with the same vector the second could come first."""
 RANKED: Final = 2
 """Up to so many times what is asked for, items are ranked all: choosing among them first would cost more."""
 _SORTED: Final = 1_000  # items: up to here sorting all costs less than finding the best first
@@ -199,7 +202,9 @@ class Retriever:
     ) -> Retrieval:
         """Score `items` exactly and order them, ties by index; the best `count`. `scales` (N,) multiply the scores."""
         items = np.sort(items)
-        scores = self.vectors[items - 1] @ query  # (K, D) @ (D,) -> (K,)
+        rows = np.zeros(ceil(len(items) / ROWS) * ROWS, np.int64)
+        rows[: len(items)] = items - 1
+        scores = (self.vectors[rows] @ query)[: len(items)]  # (K', D) @ (D,) -> (K,)
         if scales is not None:
             scores *= scales[items - 1]
         if len(items) > max(_SORTED, count):
@@ -228,7 +233,7 @@ class Retriever:
         `scores` are the products with the prefix, where somebody has made them; they are overwritten.
         """
         if scope.wanted is not None and span.is_gathered(scope):
-            found, path = np.flatnonzero(scope.wanted[: span.n + 1]), "gather"
+            found, path = np.flatnonzero(scope.wanted[1 : span.n + 1]) + 1, "gather"
             if len(found) > RANKED * count:
                 scores = self._gathered(found - 1, query)  # (R,)
                 if scales is not None:

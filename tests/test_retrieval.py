@@ -162,7 +162,7 @@ def test_gathering_in_pieces_chooses_among_what_is_permitted(
     rng = np.random.default_rng(seed)
     vectors = vectors_of(seed) * rng.uniform(0.1, 10, (N, 1)).astype(np.float32)
     wanted = rng.random(N + 1) < 0.6
-    wanted[0] = False
+    wanted[0] = True  # PAD is no item, whatever a filter says of it
     nothing = Scope(world(seed), NOW, np.zeros(0, np.int64), wanted)
     blocked = Span.of(nothing).blocked
     blocked = blocked[wanted[blocked]]
@@ -185,6 +185,20 @@ def test_equal_scores_come_by_index(mode: Mode) -> None:
     query = np.array([1, 2, *[0] * (WIDTH - 2)], np.float32)
     found = Retriever(vectors, indexed(vectors), mode).retrieve(query, 22, scope)
     assert found.items.tolist() == [*range(22, 41), 1, 3, 4]
+
+
+@pytest.mark.parametrize("count", range(2, 40))
+def test_items_with_one_vector_have_one_score_beside_whatever_others(count: int) -> None:
+    """Where sums are rounded, as of any real vectors, they must be rounded in the same way."""
+    rng = np.random.default_rng(count)
+    for _ in range(20):
+        vectors = rng.normal(size=(40, 64)).astype(np.float32)
+        items = np.sort(rng.choice(40, count, replace=False)) + 1
+        vectors[items - 1] = vectors[0]
+        query = rng.normal(size=64).astype(np.float32)
+        ranked = Retriever(vectors, None).rank(query, rng.permutation(items), count)
+        assert ranked.items.tolist() == items.tolist()
+        assert len(set(ranked.scores.tolist())) == 1
 
 
 def test_all_items_banned_is_an_empty_answer(mode: Mode) -> None:
