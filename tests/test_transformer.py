@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.sequences import LARGEST_BUCKET
 from tests.trained import KINDS, Kind, config
-from trainer.transformer import Encoder, View
+from trainer.transformer import INIT_STD, Encoder, View
 
 N, T = 20, 10
 MASK = N + 1
@@ -159,6 +159,15 @@ def test_the_original_block_is_that_of_sasrec() -> None:
         y = block.forward_norm(y)
         y = y + block.down(torch.relu(block.up(y)))
         assert apart(y, block(x, View(None, None, None))) < 1e-4
+
+
+@pytest.mark.parametrize("block", ["pre_norm", "original"])
+def test_how_attention_starts(block: str) -> None:
+    torch.manual_seed(0)
+    attention: Any = Encoder(config("sasrec", model={"block": block, "hidden_units": 64}).model, N).blocks[0].attention
+    theirs = float(torch.nn.MultiheadAttention(64, 1).in_proj_weight.detach().std())
+    assert float(attention.qkv.weight.detach().std()) == pytest.approx(theirs if block == "original" else INIT_STD, rel=0.05)
+    assert float(attention.out.weight.detach().std()) == pytest.approx(INIT_STD, rel=0.05)
 
 
 def test_ages_and_places_count() -> None:
