@@ -301,7 +301,7 @@ class Info(BaseModel):
             },
             "availability": {
                 "policy": "first_event", "declared": 1681, "from_first_event": 1, "always": 0, "from_data_end": 0,
-                "contradicted": 14, "events_before_declared": 33,
+                "contradicted": 14, "never": 0, "events_before_declared": 33,
             },
             "history_policy": {
                 "sequence_types": _TYPES, "seen_types": _TYPES, "minimum_value": None, "collapse_repeats": False,
@@ -383,3 +383,6 @@ class Problem(BaseModel):
     detail: str
     instance: str
     errors: list[Fault] = Field(default=[], description="For 422 and 409: each wrong place.")
+    checks: dict[str, str] = Field(
+        default={}, description="For `not_ready`: what `/readyz` looks at, `ok` or the reason."
+    )

@@ -349,6 +349,8 @@ def _example(kind: type[ServiceError]) -> dict[str, Any]:
         ]
     if kind is Erased:
         value["errors"] = [{"pointer": "/events/0", "detail": "The user was erased at 2026-11-22T10:00:00Z"}]
+    if kind is NotReady:
+        value["checks"] = {"bundle": kind.example, "catalogue": "ok", "redis": "ok"}
     if kind is Conflict:
         value["errors"] = [{"pointer": "/events/0", "detail": "The log has this event_id with other fields"}]
     return value

@@ -95,6 +95,9 @@ class AvailabilityInfo(_Part):
     always: int = Field(description="Nothing declared, and no rule or time to go by: exists since ever.")
     from_data_end: int = Field(0, description="Nothing declared and no event: exists from the newest event on.")
     contradicted: int = Field(description="Declared later than the first event: the event counts.")
+    never: int = Field(
+        0, description="Ends before it begins: an `available_until`, no date, and events after it alone."
+    )
     events_before_declared: int = Field(description="Events that lie before the declared date of their item.")
 
 

@@ -14,6 +14,7 @@ import httpx
 from fastapi import FastAPI
 from fastapi.dependencies import models
 
+from service.answers import Problem
 from service.catalogue import Fields, LiveCatalogue
 from service.errors import MEDIA_TYPE, TYPE_PREFIX
 from service.main import create_app
@@ -157,6 +158,7 @@ def assert_problem(response: httpx.Response, status: int, code: str, *places: st
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == MEDIA_TYPE
     body: dict[str, Any] = response.json()
+    Problem.model_validate(body, strict=True, extra="forbid")  # as it is described, and nothing besides
     assert body["type"] == TYPE_PREFIX + code
     assert body["status"] == status
     assert body["title"]

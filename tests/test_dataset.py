@@ -72,8 +72,10 @@ def test_an_item_exists_from_its_date_or_its_first_event_whichever_is_earlier() 
         ("v", "early", START + 60),
         ("u", "undeclared", START + 30),
         ("v", "undeclared", START + 20),
+        ("v", "over", START + 55),
     ]
     items: list[dict[str, Any]] = [
+        {"item_id": "over", "available_until": START + 15},
         {"item_id": "declared", "available_from": START + 10},
         {"item_id": "early", "available_from": START + 45},
         {"item_id": "unused"},
@@ -82,12 +84,12 @@ def test_an_item_exists_from_its_date_or_its_first_event_whichever_is_earlier() 
     data = dataset(events, items)
     starts = {i.item_id: i.available_from - START for i in data.catalogue.items}
     # Nobody knows when an item without date and event began: the end of the data is in nobody's future.
-    assert starts == {"declared": 10, "early": 40, "undeclared": 20, "unused": 60, "coming": 99}
+    assert starts == {"declared": 10, "early": 40, "undeclared": 20, "over": 55, "unused": 60, "coming": 99}
     coming = data.catalogue.items[-1]
     assert (coming.available_until, coming.withdrawn) == (START + 200, True)
     info = data.availability
-    assert (info.declared, info.from_first_event, info.from_data_end, info.always) == (3, 1, 1, 0)
-    assert (info.contradicted, info.events_before_declared) == (1, 1)
+    assert (info.declared, info.from_first_event, info.from_data_end, info.always) == (3, 2, 1, 0)
+    assert (info.contradicted, info.never, info.events_before_declared) == (1, 1, 1)
 
 
 def test_events_without_a_clock_date_no_item() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,21 @@ async def test_a_change_leaves_what_it_does_not_name(upnext: Running) -> None:
     assert again["available_until"] == "2100-01-01T00:00:00Z"
     late = await upnext.send("PUT", "/items/2", {"available_from": "2100-01-01T00:00:00Z"})
     assert_problem(late, 422, "validation", "/available_until")
+
+
+async def test_an_item_that_ends_before_it_begins_can_be_renamed_and_withdrawn(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """As a training makes it of an item with an end, no date, and events after its end alone."""
+    world = cyclic(N)
+    odd = replace(world.items[1], available_until=world.items[0].available_from)
+    async with serving(tmp_path, redis_server, replace(world, items=(world.items[0], odd, *world.items[2:]))) as upnext:
+        assert (await upnext.put("2", title="Two"))["title"] == "Two"
+        assert_problem(await upnext.send("PUT", "/items/2", {"available_from": "2010-01-01T00:00:00Z"}),
+                       422, "validation", "/available_until")  # fmt: skip
+        assert json_of(await upnext.http.delete("/items/2"))["withdrawn"]
+        later = await upnext.put("2", available_until="2100-01-01T00:00:00Z", withdrawn=False)
+        assert later["available"]
 
 
 async def test_null_goes_back_to_what_the_bundle_says(upnext: Running) -> None:

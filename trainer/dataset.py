@@ -171,7 +171,7 @@ def _catalogue(
     )  # fmt: skip
     rows = items.join(first.with_columns(used=pl.lit(value=True)), on="item_id", how="full", coalesce=True)
     dated = clocked.join(items.select("item_id", "available_from"), on="item_id", how="left")
-    tally = {"declared": 0, "from_first_event": 0, "always": 0, "from_data_end": 0, "contradicted": 0}
+    tally = {"declared": 0, "from_first_event": 0, "always": 0, "from_data_end": 0, "contradicted": 0, "never": 0}
     end = int(clocked["timestamp"].max()) if len(clocked) else BEGINNING  # type: ignore[arg-type]
     numbered, declared_by_id = [], {}
     for row in rows.iter_rows(named=True):
@@ -183,6 +183,8 @@ def _catalogue(
         tally["from_first_event"] += declared is None and seen_first is not None
         tally["always"] += not known and unknown == BEGINNING
         tally["from_data_end"] += not known and unknown != BEGINNING
+        starts = min(known, default=unknown)
+        tally["never"] += starts >= ends
         tally["contradicted"] += declared is not None and seen_first is not None and seen_first < declared
         declared_by_id[row["item_id"]] = END if declared is None else declared
         numbered.append(
@@ -190,7 +192,7 @@ def _catalogue(
                 item_id=row["item_id"],
                 title=row["title"],
                 categories=tuple(row["categories"] or ()),
-                available_from=min(known, default=unknown),
+                available_from=starts,
                 available_until=ends,
                 withdrawn=bool(row["withdrawn"]),
             )

@@ -184,7 +184,8 @@ def merged(item_id: str, row: ItemChange | None, body: ItemBody, live: Live) -> 
         bound if said[name] is None else said[name]
         for name, bound in (("available_from", BEGINNING), ("available_until", END))
     )
-    if starts >= ends:
+    # An item of the bundle may be over before it begins; who sends neither end is not told of it.
+    if starts >= ends and sent.keys() & {"available_from", "available_until"}:
         raise errors.Invalid(
             "available_from is not before available_until",
             [{"pointer": "/available_until", "detail": f"The item exists from {render_bound(starts)} on."}],
