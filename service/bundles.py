@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from functools import lru_cache, partial
 from heapq import nsmallest
 from math import inf
@@ -59,6 +59,9 @@ class Serving:
         self.known = len(bundle.catalogue)  # item indices up to here have vectors
         self.created = parse(bundle.manifest.created)  # epoch microseconds
         self.new = NewItems(self.known)
+        # Of the new items, in the order (available_from, item id), in which the next bundle will number them. Not in
+        # that of their indices: each worker numbers them as it hears of them.
+        self.newcomers: IntArray = np.zeros(0, np.int64)
         self.availability = Availability.of(bundle.catalogue)
         self.categories = Categories.of(bundle.catalogue)
         self._titles: dict[ItemId, str] = {}
@@ -82,6 +85,7 @@ class Serving:
             changed = [(i, change.on(item)) for i, change, item in zip(indices, changes, before, strict=True)]
             self.availability = self.availability.holding(changed)
             self.categories = self.categories.holding(changed)
+            self._place({index for index in indices if index > self.known})
         # Filters repeat, and each one is asked twice a request: by retrieval and by the final gate.
         self.wanted = lru_cache(maxsize=16)(
             partial(self.categories.select, available_from=self.availability.available_from)
@@ -91,7 +95,6 @@ class Serving:
         self.describe = lru_cache(maxsize=1 << 16)(
             partial(_describe, self.bundle, self.new, self.availability, dict(self._titles))
         )
-        self.newcomers = self._newcomers()
 
     def index(self, item_id: ItemId) -> ItemIndex | None:
         """The item's index, new items included; None for one that nobody told of."""
@@ -117,14 +120,17 @@ class Serving:
         """Whether a change counts beside this bundle."""
         return not change.gives_way(published=change.item_id in self.bundle.catalogue.index_by_id)
 
-    def _newcomers(self) -> IntArray:
-        """Indices of the new items in the order (available_from, item id), in which the next bundle will number them.
-
-        Not in that of their indices: each worker numbers them as it hears of them.
-        """
+    def _place(self, moved: Set[ItemIndex]) -> None:
+        """Put these new items where they belong among `newcomers`; the others stay as they are, however many."""
         starts = self.availability.available_from
-        order = sorted(self.new.index_by_id.items(), key=lambda new: (int(starts[new[1]]), new[0]))
-        return np.array([index for _, index in order], np.int64)
+
+        def place(index: ItemIndex) -> tuple[int, ItemId]:
+            return int(starts[index]), self.new[index]
+
+        others = self.newcomers[~np.isin(self.newcomers, list(moved))]
+        ordered = sorted(moved, key=place)
+        at = [bisect_right(others, place(index), key=place) for index in ordered]
+        self.newcomers = np.insert(others, at, ordered)
 
     def model(self, name: str | None, preferred: str | None) -> Model:
         """The model asked for; without a name the preferred one if the bundle has it, else the bundle's default."""
@@ -286,6 +292,8 @@ class Live:
         """Load what CURRENT names, if that is news. A bundle that cannot be served leaves the old one live."""
         await self._follow_bundle()
         self.metrics.bundle_current.set(self.is_current)
+        models = self.serving.bundle.models.values() if self.serving else ()
+        self.metrics.index_failed.set(any(model.retriever.failed for model in models))
 
     async def _follow_bundle(self) -> None:
         if self.serving is not None:

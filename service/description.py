@@ -23,7 +23,8 @@ What next, for a user, from the order of what they did.
 
 - **Ids** are your own strings of `A-Z a-z 0-9 _ . : @ + = ~ | -`, up to 256 characters.
 - **Times** are RFC 3339 with an offset, `2026-11-21T10:00:00Z`; a time without one is an error.
-- **Unknown parameters and fields** are errors, never silently ignored.
+- **Unknown parameters and fields** are errors, never silently ignored, but by `/metrics` and the documents, which take
+  none.
 - **Errors** are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) `application/problem+json` with a stable `type`;
   a 429 and a 503 say in `Retry-After` when to come back.
 - **Other paths and methods** belong to no operation: a path that does not exist is a 404 `not_found`, a method that a

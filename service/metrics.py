@@ -75,6 +75,10 @@ class Metrics:
             "upnext_bundle_current", "1 while every worker answers from the bundle that CURRENT names, else 0.",
             registry=registry, multiprocess_mode="livemin",
         )  # fmt: skip
+        self.index_failed = Gauge(
+            "upnext_index_failed", "1 while an HNSW index of a worker is left because a search failed, else 0.",
+            registry=registry, multiprocess_mode="livemax",
+        )  # fmt: skip
         self.bundle_created = Gauge(
             "upnext_bundle_created_timestamp_seconds", "When the oldest live bundle was made.",
             registry=registry, multiprocess_mode="livemin",

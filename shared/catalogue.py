@@ -237,8 +237,10 @@ class NewItems:
     index_by_id: Mapping[ItemId, ItemIndex] = field(default_factory=dict)
 
     def with_ids(self, item_ids: Iterable[ItemId]) -> NewItems:
-        """A new object that also numbers those of `item_ids` that have no number yet."""
+        """An object that also numbers those of `item_ids` that have no number yet."""
         fresh = [i for i in dict.fromkeys(item_ids) if i not in self.index_by_id]
+        if not fresh:
+            return self
         first = self.known + 2 + len(self.ids)
         numbers = {item_id: number for number, item_id in enumerate(fresh, start=first)}
         keys = np.concatenate((self.keys, item_keys(fresh)))

@@ -47,7 +47,7 @@ SCORES: Final = 1 << 20
 GATHERED: Final = 2_048
 """Vectors that are gathered at a time: at width 64 half a megabyte, which stays in the processor's cache."""
 ROWS: Final = 16
-"""Items are ranked by products of so many rows at a time, or twice as many and so on. BLAS takes rows in fours or eights
+"""Items are ranked by products of so many rows, or twice as many and so on. BLAS takes rows in fours or eights
 and rounds what is left over in another way, so that of two items with the same vector the second could come first."""
 RANKED: Final = 2
 """Up to so many times what is asked for, items are ranked all: choosing among them first would cost more."""
@@ -133,6 +133,7 @@ class Retriever:
     def __init__(self, vectors: Vectors, index: hnswlib.Index | None, mode: Mode = Mode.AUTO) -> None:
         """`vectors` (N, D): row r belongs to item index r + 1. `index` holds the same rows under labels r."""
         self.vectors, self.index, self.mode = vectors, index, mode
+        self.failed = False  # the index, in a search; it was left
 
     def retrieve(self, query: Vectors, count: int, scope: Scope) -> Retrieval:
         """The `count` best items for `query` (D,) that `scope` permits.
@@ -281,7 +282,7 @@ class Retriever:
         except RuntimeError as error:
             # hnswlib found fewer than it was asked for, and leaks its buffers each time it says so.
             log.warning("HNSW search failed, exact search until the next bundle: %s", error)
-            self.index = None
+            self.index, self.failed = None, True
             return np.zeros(0, np.int64)
         return np.asarray(labels[0], np.int64) + 1
 

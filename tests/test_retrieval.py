@@ -259,6 +259,7 @@ def test_a_failing_index_is_left_for_exact_search_and_stays_left() -> None:
     assert (first.path, second.path) == ("hnsw_exact", "exact")
     assert first.items.tolist() == second.items.tolist() == brute_force(vectors[0], vectors, scope, 10)
     assert broken.calls == 1
+    assert retriever.failed
 
 
 def test_without_an_index_every_mode_is_exact(mode: Mode) -> None:

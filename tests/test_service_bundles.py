@@ -16,6 +16,7 @@ from service.settings import Settings
 from shared import times
 from shared.bundle import MANIFEST, point_current
 from shared.database import catalogue_revision, items
+from shared.retrieval import Mode
 from tests.faults import fault
 from tests.servers import RedisServer
 from tests.serving import Running, assert_problem, counted, ids_of, json_of, serving, until
@@ -105,6 +106,32 @@ async def test_a_bad_bundle_leaves_the_old_one_live(tmp_path: Path, redis_server
         async with asyncio.timeout(60):  # said when memory has been given back, a moment after it is live
             while await counted(upnext, "upnext_bundle_current") != 1:  # noqa: ASYNC110 - no event says it
                 await asyncio.sleep(0.01)
+
+
+class BrokenIndex:
+    """Fails as hnswlib does when it finds too few."""
+
+    def knn_query(self, *_: object, **__: object) -> None:
+        raise RuntimeError("Cannot return the results in a contiguous 2D array. Probably ef or M is too small")
+
+
+@fault("A search in an HNSW index fails")
+async def test_an_index_that_fails_is_told_and_answers_are_right(tmp_path: Path, redis_server: RedisServer) -> None:
+    async with serving(tmp_path, redis_server, cyclic(), retrieval=Mode.HNSW, **QUICK) as upnext:
+        live = upnext.services.live
+        await upnext.view("u", "3")
+        found = await upnext.ids("u")
+        assert found[0] == "4"
+        assert await counted(upnext, "upnext_index_failed") == 0
+        live.now_serving().bundle.models["sasrec"].retriever.index = BrokenIndex()
+        assert await upnext.ids("u") == found
+        assert await upnext.ids("u") == found
+        await live.follow_bundle()
+        assert await counted(upnext, "upnext_index_failed") == 1
+        write_bundle(tmp_path / "bundles", cyclic(), version="next")
+        await until(lambda: live.now_serving().bundle.version == "next")
+        await live.follow_bundle()
+        assert await counted(upnext, "upnext_index_failed") == 0
 
 
 async def test_a_bundle_without_a_required_model_leaves_the_old_one_live(

@@ -27,7 +27,7 @@ from shared import retrieval
 from shared.bundle import point_current
 from shared.catalogue import Item, ItemChange
 from shared.retrieval import Mode
-from shared.times import DAY, END, now, of_year, parse, render
+from shared.times import BEGINNING, DAY, END, now, of_year, parse, render
 from tests.servers import RedisServer
 from tests.serving import Running, ids_of, json_of, serving
 from tests.worlds import BORN, CREATED, World, cyclic, exists, in_memory, write_bundle
@@ -40,6 +40,7 @@ CATEGORIES = ("g:x", "g:y", "h:x", "h:y")
 IDS = [f"i{n}" for n in range(COUNT + 6)]  # the last ones are in no bundle
 STRANGERS = ("unheard-of",)
 MODELS = ("sasrec", "bert4rec")
+BOUNDS = (("available_after", BEGINNING), ("available_before", END))
 fresh = itertools.count()
 
 
@@ -94,7 +95,8 @@ def fits(item: Item, question: Mapping[str, Any]) -> bool:
     wanted, unwanted = question.get("filter", ()), question.get("filter_out", ())
     fields = {c.split(":")[0] for c in wanted}
     named = {c.split(":")[0] for c in item.categories if c in wanted}
-    return named == fields and not set(unwanted) & set(item.categories)
+    early, late = (parse(question[name]) if name in question else bound for name, bound in BOUNDS)
+    return named == fields and not set(unwanted) & set(item.categories) and early <= item.available_from <= late
 
 
 # --- what is asked
@@ -110,6 +112,7 @@ wishes = st.fixed_dictionaries(
         "exclude": st.lists(items, max_size=5),
         "filter": st.lists(st.sampled_from(CATEGORIES), min_size=1, max_size=3, unique=True),
         "filter_out": st.lists(st.sampled_from(CATEGORIES), min_size=1, max_size=2, unique=True),
+        **{name: days.map(render) for name, _ in BOUNDS},
     },
 )
 USERS = ("often", "once", "never")
@@ -346,7 +349,9 @@ def entries(history: Sequence[str], wishes: Mapping[str, Any]) -> list[Any]:
 def test_the_rules_hold_whatever_happens(
     mode: Mode, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval, "EXACT_ITEMS", 20)  # so that `auto` goes all ways in these small worlds
+    # So that `auto` goes all ways in these small worlds, and gathering has to choose.
+    monkeypatch.setattr(retrieval, "EXACT_ITEMS", 20)
+    monkeypatch.setattr(retrieval, "GATHER_SHARE", 0.5)
 
     @settings(
         max_examples=12,
@@ -387,3 +392,16 @@ def test_an_item_that_is_added_on_the_way_of_a_request_whose_user_has_seen_it(ca
     assert [item.item_id for item in answer.items] == (
         ["1", "2", "3", "4", "5", "newer"] if candidates is None else ["3"]
     )
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.sampled_from([*"123", *"abcdefgh"]), st.integers(-5, 5)), max_size=4), max_size=6)
+)
+def test_new_items_stand_in_the_order_of_their_dates_whatever_changes(story: list[list[tuple[str, int]]]) -> None:
+    serving = Serving(in_memory(cyclic(3)), ())
+    starts: dict[str, int] = {}
+    for changes in story:
+        serving.apply([ItemChange(i, None, None, BORN + day * DAY, None, False, 1) for i, day in changes])
+        starts |= {i: day for i, day in changes if i.isalpha()}
+        wanted = sorted(starts, key=lambda i: (starts[i], i))
+        assert [serving.new[index] for index in serving.newcomers.tolist()] == wanted
