@@ -26,7 +26,7 @@ from service.answers import RecommendationAnswer, RecommendedItem
 from service.settings import markdown_table
 from tests import faults
 from tests.servers import free_port
-from trainer.config import preset_names
+from trainer.config import load_config, preset_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -183,6 +183,13 @@ def test_presets_that_the_readme_names_exist() -> None:
     named = set(re.findall(r"(?<![/-])\b(?:sasrec|bert4rec)-[a-z0-9-]+\b", README))
     assert named
     assert named <= set(preset_names())
+
+
+def test_every_file_of_the_benchmarks_has_a_run_of_its_own() -> None:
+    names = [load_config(str(file)).name for file in (ROOT / "tests" / "benchmarks").glob("*.yaml")]
+    presets = {load_config(preset).name for preset in preset_names()}
+    assert names
+    assert len({*names, *presets}) == len(names) + len(presets)
 
 
 def test_the_table_of_faults_and_the_tests_agree() -> None:
