@@ -18,7 +18,7 @@ from shared.times import DAY
 from tests import worlds
 from tests.trained import ITEMS, KINDS, START, Kind, dataset, evaluate_served, served_ranks, world
 from trainer.dataset import Cases, Dataset, leave_one_out
-from trainer.evaluate import TOP, full_ranks, index_recall, vector_scores
+from trainer.evaluate import TOP, encode_cases, full_ranks, index_recall, served_lists, vector_scores
 from trainer.metrics import MISSED
 from trainer.train import encode_torch, evaluate_torch
 
@@ -117,6 +117,22 @@ def test_torch_and_bundle_have_the_same_metrics(kind: Kind) -> None:
         assert served[name] == pytest.approx(by_torch[name], abs=1e-9)
 
 
+def test_what_was_seen_before_the_events_that_are_read_is_left_out_too() -> None:
+    """Of 40 items 32 events are read; 3 and 9 were seen before those, and would be among the first after 2."""
+    history = [3, 9, *range(10, 41), 2, 5]
+    data = dataset([("u", f"{i:02}", START + n * DAY) for n, i in enumerate(history)],
+                   [{"item_id": f"{i:02}"} for i in range(1, 41)], availability="always")  # fmt: skip
+    cases = leave_one_out(data).test
+    encoder, retriever = circle_model(40)
+    read = cases.histories()[0][-encoder.spec.max_length :]
+    assert not {3, 9} & set(read.tolist())
+    _, queries = encode_cases(encoder, cases)
+    assert full_ranks(cases, vector_scores(queries, retriever.vectors)).tolist() == [2]
+    lists = served_lists(cases, encoder, retriever, Availability.open(40))
+    for found in (lists.free, lists.ruled):
+        assert found[0, :7].tolist() == [4, 5, 6, 7, 8, 1, 0]  # all that is left
+
+
 def test_index_recall_is_the_share_of_the_exact_top() -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     index = build_index(vectors)
@@ -144,12 +160,11 @@ def changing(*, has_times: bool = True) -> Dataset:
     return dataset(events, items, has_times=has_times)
 
 
-def circle_model() -> tuple[Encoder, Retriever]:
-    """i is followed by i + 1, for six items."""
-    encoder = Encoder(
-        worlds.encoder_bytes(worlds.circle(6), asks_with_mask=False), worlds.model_info("sasrec", 6, 6).encoder
-    )
-    return encoder, Retriever(np.eye(6, dtype=np.float32), None)
+def circle_model(items: int = 6) -> tuple[Encoder, Retriever]:
+    """i is followed by i + 1, and the last by 1."""
+    network = worlds.encoder_bytes(worlds.circle(items), asks_with_mask=False)
+    encoder = Encoder(network, worlds.model_info("sasrec", items, items).encoder)
+    return encoder, Retriever(np.eye(items, dtype=np.float32), None)
 
 
 class Watched(Retriever):

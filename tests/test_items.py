@@ -300,7 +300,7 @@ def test_items_without_events_are_no_wrong_answers(monkeypatch: pytest.MonkeyPat
     run = settings(id_dropout=0, dropout=0)
     read = features_of(held.rest, sequences, run.model.metadata, run.model.hidden_units)
     rows, asked = Batches(sequences, run), list[Any]()
-    model = SequenceModel(run, len(data.catalogue), 1.0, rows.popularity(len(data.catalogue)), None, read)
+    model = SequenceModel(run, len(data.catalogue), rows, None, read)
 
     def ask(*words: Any) -> None:
         asked.extend(words)

@@ -15,12 +15,15 @@ from trainer.dataset import Dataset, Split, leave_one_out
 from trainer.evaluate import encode_cases, full_ranks, vector_scores
 from trainer.export import TOLERANCE, export
 from trainer.train import Fitted, TrainingError, fit
+from trainer.transformer import Encoder
 
 OPTIONS: list[dict[str, Any]] = [
     {"block": "original"},
     {"positions": "none", "position_bias": True},
     {"time_bias": "events", "position_bias": True, "block": "original", "heads": 2},
     {"time_bias": "query"},
+    {"blocks": 2},
+    {"dropout": 0.1},
 ]
 
 
@@ -56,6 +59,14 @@ def test_every_way_of_training_learns_the_circle(tmp_path: Path) -> None:
 def test_the_options_are_bert4rec_s_too(tmp_path: Path) -> None:
     found = trained("bert4rec", dataset(cyclic_events()), tmp_path, block="original", position_bias=True)
     assert hit_rate(*found) >= 0.9
+
+
+@pytest.mark.parametrize("wider", [1, 3])
+def test_the_feed_forward_layer_is_as_wide_as_the_settings_say(wider: int) -> None:
+    encoder = Encoder(config(model={"feedforward": wider, "hidden_units": 8}).model, ITEMS)
+    shapes = {name: tuple(weight.shape) for name, weight in encoder.named_parameters()}
+    assert shapes["blocks.0.up.weight"] == (8 * wider, 8)
+    assert shapes["blocks.0.down.weight"] == (8, 8 * wider)
 
 
 def waiting_events(users: int = 300, seed: int = 0) -> list[Row]:

@@ -8,11 +8,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -23,7 +25,8 @@ from trainer import train as module
 from trainer.config import ConfigError, RunConfig
 from trainer.config import settings as every_setting
 from trainer.curves import read_epochs
-from trainer.dataset import Sequences, Split, leave_one_out
+from trainer.dataset import Sequences, Split, everything, leave_one_out
+from trainer.objectives import mask_items
 from trainer.train import Batches, Fitted, SequenceModel, TrainingError, fit, load_encoder, lr_share
 from trainer.transformer import Encoder
 
@@ -271,6 +274,70 @@ def test_the_schedule_reaches_the_optimiser(tmp_path: Path, monkeypatch: pytest.
     assert seen == pytest.approx([0.01 * lr_share(step, 6, settings.training) for step in range(6)])
 
 
+def test_a_refit_goes_the_way_of_the_run_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learning rate after each epoch, on the split, and on all events for fewer epochs, and for more."""
+    rates: list[float] = []
+    monkeypatch.setattr(
+        SequenceModel,
+        "on_train_epoch_end",
+        lambda model: rates.append(model.trainer.optimizers[0].param_groups[0]["lr"]),
+    )
+    settings = config(training={"epochs": 4, "batch_size": 20, "schedule": "cosine", "lr": 0.01})
+
+    def rates_of(split: Split, *, validated: bool, epochs: int | None = None) -> list[float]:
+        rates.clear()
+        train(settings, tmp_path, validated=validated, split=split, epochs=epochs)
+        return [*rates]
+
+    measured = rates_of(SPLIT, validated=True)
+    assert measured == pytest.approx([0.01 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (1, 2, 3, 4)])
+    more = dataset(cyclic_events(users=90))  # and more steps an epoch
+    refit = replace(SPLIT, sequences=everything(more)[0])
+    assert rates_of(refit, validated=False, epochs=2) == pytest.approx(measured[:2])
+    assert rates_of(refit, validated=False) == pytest.approx(measured)
+    # More epochs than the settings plan: the curve is stretched, none is trained at a rate of nothing.
+    longer = rates_of(refit, validated=False, epochs=5)
+    assert longer == pytest.approx([0.01 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in (1, 2, 3, 4, 5)])
+
+
+def unstarted(settings: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[pl.Trainer, SequenceModel]:
+    """Lightning's trainer and the model as `fit` makes them, without a step."""
+    made: list[tuple[pl.Trainer, SequenceModel]] = []
+    monkeypatch.setattr(pl.Trainer, "fit", lambda trainer, model, *_, **__: made.append((trainer, model)))
+    train(settings, folder)
+    trainer, model = made[0]
+    model.trainer = trainer
+    return trainer, model
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.03])
+def test_the_weight_decay_reaches_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
+    _, model = unstarted(config(training={"weight_decay": decay}), tmp_path, monkeypatch)
+    (group,) = model.configure_optimizers()["optimizer"].param_groups
+    assert group["weight_decay"] == decay
+    assert {id(weight) for weight in group["params"]} == {id(weight) for weight in model.encoder.parameters()}
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_no_gradient_is_longer_than_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float) -> None:
+    """The gradient of the first step as Adam gets it, where each weight's would be 1; at 0 nothing is cut."""
+    norms: list[float] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            closure()  # Lightning's: it takes the loss, its gradients, and clips them
+            norms.append(float(torch.cat([w.grad.flatten() for w in self.param_groups[0]["params"]]).norm()))
+
+    def ones(model: SequenceModel, *_: Any) -> torch.Tensor:
+        return torch.stack([weight.sum() for weight in model.encoder.parameters()]).sum()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    monkeypatch.setattr(SequenceModel, "training_step", ones)
+    found = train(config(training={"epochs": 1, "batch_size": 60, "gradient_clip": clip}), tmp_path)
+    count = sum(weight.numel() for weight in found.encoder.parameters())
+    assert norms == pytest.approx([clip or math.sqrt(count)], rel=1e-4)
+
+
 def test_a_validation_that_never_comes_leaves_the_last_epoch(tmp_path: Path) -> None:
     found = train(config(training={"epochs": 2, "validate_every": 5}), tmp_path)
     assert (found.epochs, found.best) == (2, None)
@@ -314,6 +381,67 @@ def test_each_epoch_has_its_own_batches() -> None:
     data.epoch = 1
     assert first == again
     assert [b[0].tolist() for b in data] != first
+
+
+def test_users_of_a_batch_are_the_more_alike_the_wider_the_window() -> None:
+    lengths = np.random.default_rng(0).integers(2, 17, 200)
+    stops = lengths.cumsum()
+    sequences = Sequences(np.ones(stops[-1], np.int64), stops - lengths, stops)
+
+    def spread(window: int) -> int:
+        """How many events the longest rows have more than the shortest ones, over all batches."""
+        data = Batches(sequences, config(training={"batch_size": 20, "length_window": window}))
+        read = [(batch.items != 0).sum(1) for batch in data]
+        return sum(int(rows.max() - rows.min()) for rows in read)
+
+    assert spread(10) <= 16 - 2  # one window: batches lie side by side
+    assert 3 * spread(10) < spread(2) < spread(1)  # two batches of a window share the range
+    assert spread(1) > 10 * (16 - 2) * 0.8  # chance: most batches of 20 have nearly all lengths
+
+
+class _AskedError(Exception):
+    """Ends a training step where the loss is asked."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_negatives_of_the_batch_are_expected_as_often_as_items_are_targets(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the users have six events, of which the newest four or five are read, the others three."""
+    users, asked = 3_000, list[torch.Tensor]()
+    stops = np.arange(2 * users) // 2 * 9 + np.tile([6, 9], users)
+    sequences = Sequences(np.tile(np.arange(1, 10), users), stops - np.tile([6, 3], users), stops)
+    settings = config(
+        kind,
+        model={"max_length": 4},
+        training={"batch_size": 2 * users, "mask_probability": 0.4, "last_item_probability": 0.3},
+    )
+    data = Batches(sequences, settings)
+
+    def ask(*words: Any) -> None:
+        asked.extend((words[1], words[4]))
+        raise _AskedError
+
+    monkeypatch.setattr(module, "loss_of", ask)
+    with pytest.raises(_AskedError):
+        SequenceModel(settings, 10, data, None).training_step(next(iter(data)), 0)
+    targets, share = asked
+    counts = torch.bincount(targets[targets > 0], minlength=11)[1:]
+    assert share.tolist() == pytest.approx((counts / counts.sum()).tolist(), abs=0.0 if kind == "sasrec" else 0.01)
+    never = {1, 2, 7, 10} if kind == "sasrec" else {1, 2, 10}  # older than the rows, nothing before it, without events
+    assert {i for i, part in enumerate(share.tolist(), start=1) if part == 0} == never
+
+
+@pytest.mark.parametrize(("chance", "last"), [(0.15, 0.0), (0.6, 0.0), (0.15, 0.9)])
+def test_bert4rec_hides_as_often_as_the_settings_say(chance: float, last: float) -> None:
+    settings = config("bert4rec", training={"seed": 7, "mask_probability": chance, "last_item_probability": last})
+    data = Batches(SPLIT.sequences, settings)
+    batch = next(iter(data))
+    posed = SequenceModel(settings, ITEMS, data, None)._pose(batch)
+    wanted = mask_items(batch.items, batch.users, chance, last, ITEMS, (7, 0))
+    others = [mask_items(batch.items, batch.users, *other, ITEMS, (7, 0))[1] for other in ((0.3, last), (chance, 0.5))]
+    assert all(torch.equal(a, b) for a, b in zip(posed, wanted, strict=True))
+    assert not any(torch.equal(posed[1], other) for other in others)
 
 
 def test_the_loss_is_divided_by_the_mean_number_of_guesses() -> None:

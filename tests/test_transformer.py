@@ -166,7 +166,9 @@ def test_how_attention_starts(block: str) -> None:
     torch.manual_seed(0)
     attention: Any = Encoder(config("sasrec", model={"block": block, "hidden_units": 64}).model, N).blocks[0].attention
     theirs = float(torch.nn.MultiheadAttention(64, 1).in_proj_weight.detach().std())
-    assert float(attention.qkv.weight.detach().std()) == pytest.approx(theirs if block == "original" else INIT_STD, rel=0.05)
+    assert float(attention.qkv.weight.detach().std()) == pytest.approx(
+        theirs if block == "original" else INIT_STD, rel=0.05
+    )
     assert float(attention.out.weight.detach().std()) == pytest.approx(INIT_STD, rel=0.05)
 
 

@@ -121,7 +121,9 @@ class TrainingConfig(_Section):
     lr: float = Field(1e-3, gt=0, description="Learning rate of Adam.")
     warmup: int = Field(0, ge=0, description="Steps in which the learning rate rises to lr.")
     schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="After that: lr to the end, or down to nothing along a cosine until `epochs` are over."
+        "constant",
+        description="After that: lr to the end, or along a cosine down to nothing at the end of `epochs`; a refit of "
+        "fewer epochs stops before.",
     )
     init_from: str | None = Field(
         None, description="Bundle, or folder of bundles, whose model of this name gives the first weights."

@@ -144,38 +144,60 @@ class Batches(IterableDataset[Rows]):
         guessed = (self.lengths - 1).sum() if causal else self.lengths.sum() * self.config.training.mask_probability
         return float(guessed) / len(self)
 
-    def popularity(self, item_count: int) -> Tensor:
-        """Share of each item in the training events, (N,)."""
-        counts = np.bincount(self.sequences.item, minlength=item_count + 1)[1:]
-        return torch.from_numpy(counts / counts.sum()).float()
+    def known(self, item_count: int) -> Tensor:
+        """Which items have training events, (N,)."""
+        return torch.from_numpy(np.bincount(self.sequences.item, minlength=item_count + 1)[1:] > 0)
+
+    def asked(self, item_count: int) -> Tensor:
+        """Share of each item among the targets of an epoch, (N,): what is older than the rows is none.
+
+        SASRec asks for all but a row's first; BERT4Rec for what `mask_items` hides, for the last item most often.
+        """
+        settings, causal = self.config.training, self.config.model.kind == "sasrec"
+        counts = self.lengths - 1 if causal else self.lengths  # (S,) targets, or what may be one
+        ends = counts.cumsum()
+        at = np.arange(ends[-1]) + np.repeat(self.sequences.stops[self.usable] - ends, counts)  # (P,) rows of events
+        hidden = None
+        if not causal:
+            chance, last = settings.mask_probability, settings.last_item_probability
+            hidden = np.full(len(at), (1 - last) * chance)  # (P,)
+            hidden[ends - 1] += last + (1 - last) * (1 - chance) ** counts  # asked alone, or since nothing else was
+        found = np.bincount(self.sequences.item[at], hidden, item_count + 1)[1:]
+        return torch.from_numpy(found / found.sum()).float()
 
 
 class SequenceModel(pl.LightningModule):
     """An encoder with its objective, and its validation by full ranking."""
 
-    share: Tensor  # (N,) of each item in the training events
+    known: Tensor  # (N,) whether an item has training events
+    share: Tensor  # (N,) of each item among the targets
 
     def __init__(
         self,
         config: RunConfig,
         item_count: int,
-        tokens_per_batch: float,
-        share: Tensor,
+        data: Batches,
         validation: Cases | None,
         features: Features | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("share", share, persistent=False)
-        self.config, self.validation, self.tokens_per_batch = config, validation, tokens_per_batch
+        self.register_buffer("known", data.known(item_count), persistent=False)
+        self.register_buffer("share", data.asked(item_count), persistent=False)
+        self.config, self.validation = config, validation
+        self.tokens_per_batch, self.steps_per_epoch = data.tokens_per_batch(), len(data)
         self.encoder = Encoder(config.model, item_count, features)
         self.mine = Share.mine()
         self.save_hyperparameters({"config": config.model_dump(mode="json"), "item_count": item_count}, logger=False)
 
     def configure_optimizers(self) -> Any:
-        """Adam, as the papers have it, with the learning rate that the settings plan for each step."""
+        """Adam, as the papers have it, with the learning rate that the settings plan for each step.
+
+        The plan is for `training.epochs`, as long as no more are asked for: a refit of the epochs that validation chose
+        goes the way of the run that was measured, and ends where that one was at its best.
+        """
         settings = self.config.training
         adam = torch.optim.AdamW(self.encoder.parameters(), settings.lr, weight_decay=settings.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.steps_per_epoch * max(settings.epochs, self.trainer.max_epochs or 0)
         plan = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: lr_share(step, steps, settings))
         return {"optimizer": adam, "lr_scheduler": {"scheduler": plan, "interval": "step"}}
 
@@ -214,9 +236,8 @@ class SequenceModel(pl.LightningModule):
         """
         if self.encoder.items.spec is None:
             return targets, vectors, self.share
-        some = self.share > 0  # (N,)
-        number = F.pad(some.cumsum(0) * some, (1, 0))  # (N + 1,): 1..n for items with events
-        return number[targets], vectors[some], self.share[some]
+        number = F.pad(self.known.cumsum(0) * self.known, (1, 0))  # (N + 1,): 1..n for items with events
+        return number[targets], vectors[self.known], self.share[self.known]
 
     def _pose(self, rows: Rows) -> tuple[Tensor, Tensor]:
         if self.config.model.kind == "sasrec":
@@ -329,8 +350,7 @@ def fit(
     torch.set_num_threads(config.training.threads)
     mine = Share.mine()
     data = Batches(sequences, config, mine)
-    popularity = data.popularity(item_count)
-    model = SequenceModel(config, item_count, data.tokens_per_batch(), popularity, validation, features)
+    model = SequenceModel(config, item_count, data, validation, features)
     model.encoder.largest_time.fill_(data.largest_time)
     if prepare is not None:
         prepare(model.encoder)

@@ -122,8 +122,9 @@ class OriginalBlock(PreNormBlock):
     """
 
     def initialise(self) -> None:
-        """Queries, keys and values start as torch's own attention lets them, and with it the published codes: for a width
-        of 64 with a standard deviation of .088, so that attention is sharper at first.
+        """Queries, keys and values start as torch's own attention lets them, and with it the published codes.
+
+        For a width of 64 that is a standard deviation of .088, so that attention is sharper at first.
         """
         nn.init.xavier_uniform_(self.attention.qkv.weight)
 
