@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trainer import objectives
 from trainer.config import TrainingConfig
 from trainer.objectives import (
     binary,
@@ -19,6 +20,7 @@ from trainer.objectives import (
     full_cross_entropy,
     loss_of,
     mask_items,
+    neutral_level,
     positive_power,
     sampled_softmax,
     shift,
@@ -261,22 +263,32 @@ def test_expected_counts_are_those_of_the_draw() -> None:
     torch.testing.assert_close(counts, by_item, rtol=0.1, atol=0)
 
 
+def test_what_is_never_a_target_is_expected_from_the_catalogue_alone() -> None:
+    share = torch.tensor([0.75, 0.25, 0.0, 0.0])
+    negatives, expected = draw(torch.tensor([1, 1, 1, 2]), share, 8, 6)
+    wanted = {1: 8 / 4 + 6 * 0.75, 2: 8 / 4 + 6 * 0.25, 3: 8 / 4, 4: 8 / 4}
+    assert expected.tolist() == pytest.approx([wanted[n] for n in negatives.tolist()])
+    assert set(negatives[8:].tolist()) <= {1, 2}
+    assert torch.isfinite(expected.log()).all()
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("groups", [1, 3, P - 1, P])
 @pytest.mark.parametrize("power", [1.0, 0.3])
-def test_binary_losses_are_their_formula(shared: bool, power: float) -> None:
+@pytest.mark.parametrize("added", [0.0, -2.0])
+def test_binary_losses_are_their_formula(groups: int, power: float, added: float) -> None:
     hidden, targets, vectors = problem()
-    negatives = torch.randint(1, N + 1, (4,) if shared else (P, 4), generator=generator(1))
-    rows = negatives.expand(P, 4).tolist()
+    negatives = torch.randint(1, N + 1, (groups, 4), generator=generator(1))
+    rows = [negatives[at // math.ceil(P / groups)].tolist() for at in range(P)]
     wanted = 0.0
     for h, t, row in zip(hidden.tolist(), targets.tolist(), rows, strict=True):
-        score = [sum(a * b for a, b in zip(h, v, strict=True)) for v in vectors.tolist()]
+        score = [added + sum(a * b for a, b in zip(h, v, strict=True)) for v in vectors.tolist()]
         wanted -= math.log(sigmoid(score[t - 1]) ** power)
         wanted -= sum(math.log(1 - sigmoid(score[n - 1])) for n in row if n != t)
-    assert binary(hidden, targets, vectors, negatives, power).item() == pytest.approx(wanted)
+    assert binary(hidden, targets, vectors, negatives, power, added).item() == pytest.approx(wanted)
 
 
 def test_the_power_of_gbce_by_hand() -> None:
@@ -285,6 +297,29 @@ def test_the_power_of_gbce_by_hand() -> None:
     assert positive_power(5, 21, 1.0) == pytest.approx(1 / 4)
     assert positive_power(5, 21, 0.5) == pytest.approx((0.5 * -3 + 4) / 4)
     assert positive_power(100, 21, 0.75) == 1  # all items: nothing to calibrate
+
+
+@pytest.mark.parametrize(("negatives", "calibration"), [(1, 0.0), (8, 0.0), (8, 0.75), (200, 1.0)])
+def test_at_the_level_of_gbce_equal_scores_are_pushed_nowhere(negatives: int, calibration: float) -> None:
+    """In expectation: an item is the target one time in N, and one of the negatives K times in N - 1 otherwise."""
+    power = positive_power(negatives, 1_000, calibration)
+    share = sigmoid(neutral_level(negatives, power))
+    up, down = power * (1 - share) / 1_000, negatives / 999 * share * (1 - 1 / 1_000)
+    assert up == pytest.approx(down)
+
+
+@pytest.mark.parametrize("calibration", [0.0, 0.4, 1.0])
+def test_gbce_weighs_the_positive_as_the_settings_say(calibration: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "TOGETHER", 5)
+    hidden, targets, vectors = problem()
+    settings = TrainingConfig(loss="gbce", negatives=8, calibration=calibration)
+    torch.manual_seed(3)
+    found = loss_of(hidden[None], targets[None], vectors, settings, torch.full((N,), 1 / N))
+    torch.manual_seed(3)
+    drawn = torch.randint(1, N + 1, (3, 8))
+    power, other = positive_power(8, N, calibration), positive_power(8, N, 0.75)
+    torch.testing.assert_close(found, binary(hidden, targets, vectors, drawn, power, neutral_level(8, power)))
+    assert not torch.isclose(found, binary(hidden, targets, vectors, drawn, other, neutral_level(8, other)))
 
 
 def test_a_drawn_target_moves_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +16,9 @@ from trainer.config import TrainingConfig
 IGNORE = PAD  # a target that is no target
 LOGITS: Final = 1 << 24  # numbers in a chunk of logits
 LOGITS_ON_CPU: Final = 1 << 19
+TOGETHER: Final = 64
+"""Neighbouring positions that have the negatives of gBCE in common. More is faster and learns worse: on MovieLens 100K
+validation NDCG@10 after 8 epochs was .108, and .075 when a whole batch shared 256 of the 1,682 items."""
 
 
 def shift(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +80,8 @@ def dice(users: Tensor, count: int, seed: tuple[int, int]) -> Tensor:
 def loss_of(hidden: Tensor, targets: Tensor, vectors: Tensor, settings: TrainingConfig, share: Tensor) -> Tensor:
     """The loss that the settings name, summed over the positions that have a target.
 
-    hidden (B, T, D), targets (B, T) item indices or PAD, vectors (N, D); share (N,) of each item in the training
-    events. Negatives are drawn from torch's own generator, which the loop seeds for each epoch.
+    hidden (B, T, D), targets (B, T) item indices or PAD, vectors (N, D); share (N,) of each item among the
+    targets of an epoch. Negatives are drawn from torch's own generator, which the loop seeds for each epoch.
     """
     wanted = targets != IGNORE  # (B, T)
     hidden, targets = hidden[wanted], targets[wanted]  # (P, D), (P,)
@@ -88,8 +92,9 @@ def loss_of(hidden: Tensor, targets: Tensor, vectors: Tensor, settings: Training
         drawn, expected = draw(targets, share, K, settings.in_batch_negatives)
         return sampled_softmax(hidden, targets, vectors, drawn, expected)
     if settings.loss == "gbce":
-        drawn = torch.randint(1, N + 1, (K,), device=targets.device)
-        return binary(hidden, targets, vectors, drawn, positive_power(K, N, settings.calibration))
+        drawn = torch.randint(1, N + 1, (-(-len(targets) // TOGETHER), K), device=targets.device)
+        power = positive_power(K, N, settings.calibration)
+        return binary(hidden, targets, vectors, drawn, power, neutral_level(K, power))
     drawn = torch.randint(1, N + 1, (len(targets), K), device=targets.device)
     return binary(hidden, targets, vectors, drawn, 1.0)
 
@@ -143,7 +148,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def draw(targets: Tensor, share: Tensor, uniform: int, in_batch: int) -> tuple[Tensor, Tensor]:
     """Negatives (K,) that all positions of a batch share, and how often each was to be expected among them, (K,).
 
-    `uniform` of them from all items, `in_batch` from the batch's own targets, which are as frequent as their share.
+    `uniform` of them from all items, `in_batch` from the batch's own targets. Those are as frequent as their share (N,)
+    of all targets, which is not that of all events: what is older than the rows is never a target.
     """
     drawn = torch.randint(1, len(share) + 1, (uniform,), device=targets.device)
     in_batch = in_batch if len(targets) else 0  # a process may have no user of a last, small batch
@@ -164,13 +170,16 @@ def sampled_softmax(hidden: Tensor, targets: Tensor, vectors: Tensor, negatives:
     return (torch.logsumexp(torch.cat((right[:, None], wrong), dim=1), dim=1) - right).sum()
 
 
-def binary(hidden: Tensor, targets: Tensor, vectors: Tensor, negatives: Tensor, power: float) -> Tensor:
-    """Summed binary cross-entropy of targets and negatives, (K,) shared or (P, K); `power` weighs the positive.
+def binary(
+    hidden: Tensor, targets: Tensor, vectors: Tensor, negatives: Tensor, power: float, level: float = 0.0
+) -> Tensor:
+    """Summed binary cross-entropy of targets and negatives, as `_negative_scores` reads them; `power` weighs positives.
 
-    power 1 with one negative a position is SASRec's own loss; `positive_power` makes it gBCE.
+    `level` is added to all scores, which changes no order of items. power 1 with one negative a position is SASRec's
+    own loss; `positive_power` and `neutral_level` make it gBCE.
     """
-    right = _positive_scores(hidden, targets, vectors)  # (P,)
-    wrong = _negative_scores(hidden, targets, vectors, negatives)  # (P, K)
+    right = _positive_scores(hidden, targets, vectors) + level  # (P,)
+    wrong = _negative_scores(hidden, targets, vectors, negatives) + level  # (P, K)
     return -(power * F.logsigmoid(right).sum() + F.logsigmoid(-wrong).sum())
 
 
@@ -180,12 +189,29 @@ def positive_power(negatives: int, item_count: int, calibration: float) -> float
     return rate * (calibration * (1 - 1 / rate) + 1 / rate)
 
 
+def neutral_level(negatives: int, power: float) -> float:
+    """The score that all items have in the optimum of gBCE while nothing is known of any: 0 with one negative.
+
+    Many negatives want all scores far below 0. Item vectors that are read as well as scored (gSASRec's own have a table
+    for each) could only get there by a large part that they all have in common, beside which nothing else was learned:
+    on MovieLens 100K validation NDCG@10 stayed at .03, popularity's.
+    """
+    return math.log(power / negatives)
+
+
 def _positive_scores(hidden: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
     return (hidden * vectors[targets - 1]).sum(-1)  # (P, D) -> (P,)
 
 
 def _negative_scores(hidden: Tensor, targets: Tensor, vectors: Tensor, negatives: Tensor) -> Tensor:
-    """(P, K); -inf where a negative is the position's own target."""
-    rows = vectors[negatives - 1]  # (K, D) or (P, K, D)
-    scores = hidden @ rows.T if negatives.ndim == 1 else torch.einsum("pd,pkd->pk", hidden, rows)
-    return scores.masked_fill(negatives == targets[:, None], -torch.inf)
+    """(P, K); -inf where a negative is the position's own target.
+
+    negatives (K,) are shared by all positions, (G, K) by neighbours: G groups of as many positions each, the last of
+    fewer.
+    """
+    negatives = negatives.reshape(-1, negatives.shape[-1])  # (G, K)
+    G, P = len(negatives), len(hidden)
+    size = -(-P // max(G, 1))
+    grouped = F.pad(hidden, (0, 0, 0, G * size - P)).view(G, size, hidden.shape[1])
+    scores = torch.bmm(grouped, vectors[negatives - 1].transpose(1, 2)).flatten(0, 1)[:P]
+    return scores.masked_fill(negatives.repeat_interleave(size, 0)[:P] == targets[:, None], -torch.inf)
