@@ -18,12 +18,9 @@ from trainer.train import Fitted, TrainingError, fit
 from trainer.transformer import Encoder
 
 OPTIONS: list[dict[str, Any]] = [
-    {"block": "original"},
-    {"positions": "none", "position_bias": True},
+    {"positions": "none", "position_bias": True, "dropout": 0.1},
     {"time_bias": "events", "position_bias": True, "block": "original", "heads": 2},
-    {"time_bias": "query"},
-    {"blocks": 2},
-    {"dropout": 0.1},
+    {"time_bias": "query", "blocks": 2},
 ]
 
 
