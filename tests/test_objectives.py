@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer import objectives
 from trainer.config import TrainingConfig
 from trainer.objectives import (
+    TOGETHER,
     binary,
     dice,
     draw,
@@ -228,13 +229,16 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[n
 # --- sampled losses against their formulas, term by term ----------------------------------------------
 
 
-def test_sampled_softmax_is_its_formula() -> None:
+@pytest.mark.parametrize("groups", [1, 2, P])
+def test_sampled_softmax_is_its_formula(groups: int) -> None:
     hidden, targets, vectors = problem()
-    negatives, expected = torch.tensor([3, 3, 7, 20]), torch.tensor([0.5, 0.5, 0.1, 2.0], dtype=torch.float64)
+    negatives = torch.randint(1, N + 1, (groups, 4), generator=generator(1))
+    expected = torch.rand((groups, 4), generator=generator(2), dtype=torch.float64) * 2
     wanted = 0.0
-    for h, t in zip(hidden.tolist(), targets.tolist(), strict=True):
+    for at, (h, t) in enumerate(zip(hidden.tolist(), targets.tolist(), strict=True)):
         score = [sum(a * b for a, b in zip(h, v, strict=True)) for v in vectors.tolist()]
-        rivals = [score[n - 1] - math.log(e) for n, e in zip([3, 3, 7, 20], expected.tolist(), strict=True) if n != t]
+        drawn = zip(*(rows[at // math.ceil(P / groups)].tolist() for rows in (negatives, expected)), strict=True)
+        rivals = [score[n - 1] - math.log(e) for n, e in drawn if n != t]
         wanted += math.log(sum(map(math.exp, [score[t - 1], *rivals]))) - score[t - 1]
     assert sampled_softmax(hidden, targets, vectors, negatives, expected).item() == pytest.approx(wanted)
 
@@ -247,9 +251,9 @@ def test_with_many_negatives_sampled_softmax_is_the_full_one(uniform: int, in_ba
     targets = torch.multinomial(share, 5_000, replacement=True) + 1
     hidden, vectors = torch.randn(5_000, D), torch.randn(N, D)
     negatives, expected = draw(targets, share, uniform, in_batch)
-    assert len(negatives) == len(expected) == uniform + in_batch
+    assert negatives.shape == expected.shape == (math.ceil(5_000 / TOGETHER), uniform + in_batch)
     few = slice(0, 200)
-    sampled = float(sampled_softmax(hidden[few], targets[few], vectors, negatives, expected))
+    sampled = float(sampled_softmax(hidden[few], targets[few], vectors, negatives[:3], expected[:3]))
     assert sampled == pytest.approx(float(full_cross_entropy(hidden[few], targets[few], vectors)), rel=0.02)
 
 
@@ -257,15 +261,15 @@ def test_expected_counts_are_those_of_the_draw() -> None:
     torch.manual_seed(0)
     share = torch.softmax(torch.randn(N), 0)
     targets = torch.multinomial(share, 50_000, replacement=True) + 1
-    negatives, expected = draw(targets, share, 20_000, 20_000)
+    negatives, expected = (found.flatten() for found in draw(targets, share, 50, 50))
     counts = torch.bincount(negatives, minlength=N + 1)[1:].float()
-    by_item = torch.zeros(N).scatter_(0, negatives - 1, expected)
-    torch.testing.assert_close(counts, by_item, rtol=0.1, atol=0)
+    by_item = torch.zeros(N).scatter_(0, negatives - 1, expected)  # of each group
+    torch.testing.assert_close(counts, by_item * math.ceil(50_000 / TOGETHER), rtol=0.1, atol=0)
 
 
 def test_what_is_never_a_target_is_expected_from_the_catalogue_alone() -> None:
     share = torch.tensor([0.75, 0.25, 0.0, 0.0])
-    negatives, expected = draw(torch.tensor([1, 1, 1, 2]), share, 8, 6)
+    ((negatives,), (expected,)) = draw(torch.tensor([1, 1, 1, 2]), share, 8, 6)
     wanted = {1: 8 / 4 + 6 * 0.75, 2: 8 / 4 + 6 * 0.25, 3: 8 / 4, 4: 8 / 4}
     assert expected.tolist() == pytest.approx([wanted[n] for n in negatives.tolist()])
     assert set(negatives[8:].tolist()) <= {1, 2}
