@@ -330,13 +330,13 @@ def test_a_drawn_target_moves_nothing() -> None:
     """Its gradient is that of the loss without it, and no nan."""
     hidden, targets, vectors = problem()
     targets = torch.full_like(targets, 4)
-    with_it, without = torch.tensor([4, 9]), torch.tensor([9])
-    one = torch.ones(2, dtype=torch.float64)
+    with_it, without = torch.tensor([[4, 9]]), torch.tensor([[9]])
+    one = torch.ones((1, 2), dtype=torch.float64)
     pairs = [
         (binary(hidden, targets, vectors, with_it, 1.0), binary(hidden, targets, vectors, without, 1.0)),
         (
             sampled_softmax(hidden, targets, vectors, with_it, one),
-            sampled_softmax(hidden, targets, vectors, without, one[:1]),
+            sampled_softmax(hidden, targets, vectors, without, one[:, :1]),
         ),
     ]
     for a, b in pairs:
