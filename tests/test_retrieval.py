@@ -17,6 +17,7 @@ from shared.catalogue import Availability, Catalogue, Item, ItemChange
 from shared.encoder import Vectors
 from shared.events import IntArray
 from shared.retrieval import Mode, Retriever, Scope, Span, build_index, load_index, top
+from tests.worlds import BrokenIndex
 from trainer.evaluate import index_recall
 
 N, WIDTH = 120, 8
@@ -238,17 +239,6 @@ def test_a_small_share_of_existing_items_is_searched_exactly(monkeypatch: pytest
     ]
     assert paths[0] == "exact"
     assert paths[1].startswith("hnsw")
-
-
-class BrokenIndex:
-    """An index whose search fails as hnswlib's does when it finds too few."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def knn_query(self, *_: object, **__: object) -> tuple[IntArray, Vectors]:
-        self.calls += 1
-        raise RuntimeError("Cannot return the results in a contiguous 2D array. Probably ef or M is too small")
 
 
 def test_a_failing_index_is_left_for_exact_search_and_stays_left() -> None:

@@ -20,7 +20,7 @@ from shared.retrieval import Mode
 from tests.faults import fault
 from tests.servers import RedisServer
 from tests.serving import Running, assert_problem, counted, ids_of, json_of, serving, until
-from tests.worlds import circle, cyclic, write_bundle
+from tests.worlds import BrokenIndex, circle, cyclic, write_bundle
 
 QUICK = {"bundle_poll_seconds": 0.02, "catalogue_poll_seconds": 0.02}
 
@@ -106,13 +106,6 @@ async def test_a_bad_bundle_leaves_the_old_one_live(tmp_path: Path, redis_server
         async with asyncio.timeout(60):  # said when memory has been given back, a moment after it is live
             while await counted(upnext, "upnext_bundle_current") != 1:  # noqa: ASYNC110 - no event says it
                 await asyncio.sleep(0.01)
-
-
-class BrokenIndex:
-    """Fails as hnswlib does when it finds too few."""
-
-    def knn_query(self, *_: object, **__: object) -> None:
-        raise RuntimeError("Cannot return the results in a contiguous 2D array. Probably ef or M is too small")
 
 
 @fault("A search in an HNSW index fails")

@@ -129,6 +129,17 @@ _AGE: Final = [  # age of the newest event at the question: ages[b, lengths - 1,
 ]
 
 
+class BrokenIndex:
+    """An index whose search fails as hnswlib's does when it finds too few."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def knn_query(self, *_: object, **__: object) -> tuple[IntArray, Vectors]:
+        self.calls += 1
+        raise RuntimeError("Cannot return the results in a contiguous 2D array. Probably ef or M is too small")
+
+
 def write_bundle(
     folder: Path, world: World, *, version: str = "2000-03-01T00-00-00Z-test", current: bool = True
 ) -> Path:

@@ -219,8 +219,8 @@ def _spread(rows: Tensor, positions: int) -> Tensor:
 
 
 def _size(groups: int, positions: int) -> int:
-    return -(-positions // max(groups, 1))
+    return math.ceil(positions / max(groups, 1))
 
 
 def _groups(targets: Tensor) -> int:
-    return -(-len(targets) // TOGETHER)
+    return math.ceil(len(targets) / TOGETHER)

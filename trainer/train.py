@@ -155,15 +155,17 @@ class Batches(IterableDataset[Rows]):
         """
         settings, causal = self.config.training, self.config.model.kind == "sasrec"
         counts = self.lengths - 1 if causal else self.lengths  # (S,) targets, or what may be one
-        ends = counts.cumsum()
-        at = np.arange(ends[-1]) + np.repeat(self.sequences.stops[self.usable] - ends, counts)  # (P,) rows of events
-        hidden = None
+        item, stops = self.sequences.item, self.sequences.stops[self.usable]
+        bounds = np.zeros(len(item) + 1, np.int8)  # marks, not rows of events: a byte for each of 50 million, not eight
+        bounds[stops - counts] += 1
+        bounds[stops] -= 1
+        found = np.bincount(item[bounds[:-1].cumsum(dtype=np.int8).view(bool)], minlength=item_count + 1).astype(float)
         if not causal:
             chance, last = settings.mask_probability, settings.last_item_probability
-            hidden = np.full(len(at), (1 - last) * chance)  # (P,)
-            hidden[ends - 1] += last + (1 - last) * (1 - chance) ** counts  # asked alone, or since nothing else was
-        found = np.bincount(self.sequences.item[at], hidden, item_count + 1)[1:]
-        return torch.from_numpy(found / found.sum()).float()
+            alone = last + (1 - last) * (1 - chance) ** counts  # (S,) asked alone, or since nothing else was
+            found *= (1 - last) * chance
+            found += np.bincount(item[stops - 1], alone, item_count + 1)
+        return torch.from_numpy(found[1:] / found.sum()).float()
 
 
 class SequenceModel(pl.LightningModule):
