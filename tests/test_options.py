@@ -12,9 +12,10 @@ from shared.encoder import Encoder as OnnxEncoder
 from shared.times import SECOND
 from tests.trained import ENOUGH, ITEMS, START, Kind, Row, config, cyclic_events, dataset
 from trainer.dataset import Dataset, Split, leave_one_out
+from trainer.errors import TrainingError
 from trainer.evaluate import encode_cases, full_ranks, vector_scores
 from trainer.export import TOLERANCE, export
-from trainer.train import Fitted, TrainingError, fit
+from trainer.train import Fitted, fit
 from trainer.transformer import Encoder
 
 OPTIONS: list[dict[str, Any]] = [

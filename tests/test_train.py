@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
 import sys
 import textwrap
@@ -26,8 +27,9 @@ from trainer.config import ConfigError, RunConfig
 from trainer.config import settings as every_setting
 from trainer.curves import read_epochs
 from trainer.dataset import Sequences, Split, everything, leave_one_out
+from trainer.errors import InterruptedTrainingError, TrainingError
 from trainer.objectives import mask_items
-from trainer.train import Batches, Fitted, SequenceModel, TrainingError, fit, load_encoder, lr_share
+from trainer.train import Batches, Fitted, Rows, SequenceModel, fit, load_encoder, lr_share
 from trainer.transformer import Encoder
 
 SPLIT = leave_one_out(dataset(cyclic_events(users=60)))
@@ -93,6 +95,54 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     last, wanted = (torch.load(tmp_path / n / "last.ckpt", weights_only=False) for n in ("parts", "whole"))
     assert last["epoch"] == wanted["epoch"] == 3
     assert all(torch.equal(last["state_dict"][k], v) for k, v in wanted["state_dict"].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "validated"), [("sasrec", signal.SIGTERM, True), ("bert4rec", signal.SIGINT, False)]
+)
+@pytest.mark.parametrize("step", [0, 6, 14])  # of 15; the last one ends the epoch
+def test_a_training_that_a_signal_stops_within_an_epoch_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, number: int, step: int, validated: bool
+) -> None:
+    settings = config(kind, model={"dropout": 0.2}, training={"epochs": 3, "batch_size": 4, "length_window": 1})
+    whole = train(settings, tmp_path / "whole", validated=validated)
+    made, seen = SequenceModel.training_step, list[tuple[int, int]]()
+
+    def stopped(model: SequenceModel, batch: Rows, index: int) -> torch.Tensor:
+        if (model.current_epoch, index) == (1, step):
+            signal.raise_signal(number)
+        return noted(model, batch, index)
+
+    def noted(model: SequenceModel, batch: Rows, index: int) -> torch.Tensor:
+        seen.append((model.current_epoch, index))
+        return made(model, batch, index)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(SequenceModel, "training_step", stopped)
+    kept = "2 epochs are in" if step == 14 else f"step {step + 1} of 15 in epoch 1 is in"
+    with pytest.raises(InterruptedTrainingError, match=rf"--resume \({kept} .*last\.ckpt\)"):
+        train(settings, tmp_path / "parts", validated=validated)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    monkeypatch.setattr(SequenceModel, "training_step", noted)
+    resumed = train(settings, tmp_path / "parts", validated=validated, resume=True)
+
+    assert seen == [(epoch, index) for epoch in range(3) for index in range(15)]
+    assert (resumed.epochs, resumed.best) == (whole.epochs, whole.best)
+    assert weights(resumed.encoder) == weights(whole.encoder)
+    rows, wanted = (read_epochs(tmp_path / name / "epochs.csv") for name in ("parts", "whole"))
+    for row, right in zip(rows, wanted, strict=True):
+        assert {**row, "seconds": 0} == pytest.approx({**right, "seconds": 0})
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(model: SequenceModel, _batch: Rows, _index: int) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the step went on")
+
+    monkeypatch.setattr(SequenceModel, "training_step", impatient)
+    with pytest.raises(InterruptedTrainingError, match="its first epoch was not over"):
+        train(config(), tmp_path)
 
 
 def test_resuming_a_finished_training_trains_no_more(tmp_path: Path) -> None:
@@ -199,13 +249,14 @@ def test_a_worse_last_epoch_does_not_count_on_all_events(tmp_path: Path, monkeyp
 
 
 def test_sigterm_leaves_a_training_that_goes_on(tmp_path: Path) -> None:
-    """In a process of its own: it is killed in its second epoch, and the first one is kept."""
+    """In a process of its own: it is ended in its second epoch, and what it had done is kept."""
     program = textwrap.dedent("""
         import sys, time
         from pathlib import Path
         from tests.test_train import SPLIT, train
         from tests.trained import config
-        from trainer.train import SequenceModel, TrainingError
+        from trainer.errors import InterruptedTrainingError, TrainingError
+        from trainer.train import SequenceModel
         step = SequenceModel.training_step
         def slow(model, *batch):
             if model.current_epoch == 1:
@@ -228,7 +279,7 @@ def test_sigterm_leaves_a_training_that_goes_on(tmp_path: Path) -> None:
     child.terminate()
     said, _ = child.communicate(timeout=60)
     assert (child.returncode, "interrupted; go on with --resume" in said) == (7, True), said
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 1
     settings = config(training={"epochs": 3, "batch_size": 4})
     resumed, whole = train(settings, tmp_path, resume=True), train(settings, tmp_path / "whole")
     assert weights(resumed.encoder) == weights(whole.encoder)

@@ -14,8 +14,8 @@ from tests.trained import ITEMS, START, Row, config, cyclic_events, dataset, wor
 from trainer import pipeline
 from trainer.config import ConfigError, RunConfig
 from trainer.dataset import leave_one_out
+from trainer.errors import TrainingError
 from trainer.export import export
-from trainer.train import TrainingError
 from trainer.transformer import Encoder
 from trainer.warm import Published, WarmStartError
 

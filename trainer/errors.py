@@ -3,3 +3,11 @@
 
 class TrainerError(Exception):
     """An error whose message says what to do: the command line shows it without a traceback."""
+
+
+class TrainingError(TrainerError):
+    """A training that cannot go on."""
+
+
+class InterruptedTrainingError(TrainingError):
+    """A training that somebody stopped, and that goes on where it was."""

@@ -30,6 +30,7 @@ from trainer.baselines import rival_ranks
 from trainer.compare import RANKS, CaseRanks
 from trainer.config import ConfigError, EvaluationConfig, Fit, RunConfig, flat, one_data, validate
 from trainer.dataset import Cases, Dataset, Sequences, Split, everything
+from trainer.errors import TrainingError
 from trainer.evaluate import TOP, list_ranks, served_metrics
 from trainer.export import Exported, Tower, export
 from trainer.items import digest, features_of
@@ -43,7 +44,6 @@ from trainer.train import (
     LAST,
     Fitted,
     Share,
-    TrainingError,
     check_device,
     evaluate_torch,
     fit,

@@ -14,8 +14,8 @@ import numpy as np
 
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.dataset import Dataset
+from trainer.errors import InterruptedTrainingError, TrainingError
 from trainer.pipeline import Say, train
-from trainer.train import InterruptedTrainingError, TrainingError
 
 COMMA: Final = re.compile(r",(?![^\[{]*[\]}])")  # not inside a list or a mapping
 

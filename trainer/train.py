@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil, cos, pi
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -28,8 +29,9 @@ from shared.tower import TowerSpec
 from trainer.config import RunConfig, TrainingConfig, flat
 from trainer.curves import EpochLog
 from trainer.dataset import Cases, Sequences, batches
-from trainer.errors import TrainerError
+from trainer.errors import InterruptedTrainingError, TrainingError
 from trainer.evaluate import full_ranks, vector_scores
+from trainer.interruption import Interruption
 from trainer.items import Features
 from trainer.metrics import metrics
 from trainer.objectives import loss_of, mask_items, shift
@@ -39,14 +41,7 @@ T = TypeVar("T")
 MONITOR: Final = "val_ndcg@10"
 LAST: Final = "last.ckpt"
 EVALUATION_BATCH: Final = 64
-
-
-class TrainingError(TrainerError):
-    """A training that cannot go on."""
-
-
-class InterruptedTrainingError(TrainingError):
-    """A training that somebody stopped, and that goes on from its last epoch."""
+NOTHING: Final = (0.0, 0)
 
 
 class Rows(NamedTuple):
@@ -87,7 +82,8 @@ class Batches(IterableDataset[Rows]):
     """
 
     def __init__(self, sequences: Sequences, config: RunConfig, share: Share = Share()) -> None:
-        self.sequences, self.config, self.mine, self.epoch = sequences, config, share, 0
+        self.sequences, self.config, self.mine = sequences, config, share
+        self.epoch, self.begin = 0, 0  # and the first of its batches that is left to do
         causal = config.model.kind == "sasrec"
         self.longest = config.model.max_length + (1 if causal else 0)
         least = 2 if causal else 1  # a single event has no next one to learn
@@ -103,7 +99,8 @@ class Batches(IterableDataset[Rows]):
     def __iter__(self) -> Iterator[Rows]:
         settings = self.config.training
         rng = np.random.default_rng((settings.seed, self.epoch))
-        for positions in batches(self.lengths, settings.batch_size, rng, settings.length_window):
+        planned = batches(self.lengths, settings.batch_size, rng, settings.length_window)
+        for positions in islice(planned, self.begin, None):
             rows = self.usable[positions][self.mine.rank :: self.mine.size]
             yield self._rows(rows) if len(rows) else self._nobody()
 
@@ -173,6 +170,8 @@ class SequenceModel(pl.LightningModule):
 
     known: Tensor  # (N,) whether an item has training events
     share: Tensor  # (N,) of each item among the targets
+    lost: tuple[Tensor | float, int] = NOTHING  # in this epoch: the rows' losses, summed, and how many rows
+    carried: tuple[float, int] = NOTHING  # of that, what an earlier process had, until it is told
 
     def __init__(
         self,
@@ -205,6 +204,7 @@ class SequenceModel(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """New dropout each epoch, the same after a resume."""
+        self.lost = self.carried = NOTHING
         torch.manual_seed(hash((self.config.training.seed, self.current_epoch, self.mine.rank)) & 0x7FFF_FFFF)
 
     def training_step(self, batch: Rows, _batch_index: int) -> Tensor:
@@ -227,8 +227,15 @@ class SequenceModel(pl.LightningModule):
             )
         # Taken together here, in every step: a progress bar asks for it in the first process alone.
         mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
-        self.log("train_loss", mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(inputs))
+        self._tell_loss(mean, len(inputs))
         return loss
+
+    def _tell_loss(self, mean: Tensor, rows: int) -> None:
+        """A step's loss for the mean of the epoch; with the first one what an earlier part of the epoch had."""
+        (before, rows_before), self.carried = self.carried, NOTHING
+        total, size = mean * rows + before, rows + rows_before
+        self.lost = self.lost[0] + mean * rows, self.lost[1] + rows
+        self.log("train_loss", total / size, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
 
     def _candidates(self, targets: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Targets, and the vectors and shares of the items that the loss sets against each other.
@@ -259,9 +266,14 @@ class SequenceModel(pl.LightningModule):
             self.log(f"val_gate/{part}", weights.mean(), batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the item table reads is part of the network's shape."""
+        """The loss of this epoch so far; and what the item table reads, which is part of the network's shape."""
+        checkpoint["lost"] = float(self.lost[0]), self.lost[1]
         if self.encoder.items.spec is not None:
             checkpoint["metadata"] = self.encoder.items.spec.model_dump()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """For a resume within an epoch; a new epoch forgets it."""
+        self.lost = self.carried = checkpoint.get("lost", NOTHING)
 
 
 def lr_share(step: int, steps: int, settings: TrainingConfig) -> float:
@@ -361,7 +373,7 @@ def fit(
     best = _best_checkpoint(config, folder, "train_loss" if validation is None else MONITOR)
     board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
     board.log_hyperparams(_hparams(config), {f"best_{best.monitor}": 0.0})
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    last, here = folder / LAST, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     trainer = pl.Trainer(
         default_root_dir=folder,
         max_epochs=config.training.epochs if epochs is None else epochs,
@@ -375,6 +387,7 @@ def fit(
             _EpochBatches(data),
             TQDMProgressBar(refresh_rate=10),
             EpochLog(folder / "epochs.csv"),
+            Interruption(last),
             *([] if validation is None else [_stopping(config)]),
             best,
             newest,  # last, so that it holds what the others know of this epoch
@@ -385,7 +398,6 @@ def fit(
         enable_model_summary=False,
         gradient_clip_val=config.training.gradient_clip or None,
     )
-    last = folder / LAST
     checkpoint = str(last) if resume and last.is_file() else None
     ask = DataLoader([0], batch_size=1) if validation is not None else None  # type: ignore[arg-type,var-annotated]
     # Its own generator: opening a loader must not move the one that dropout draws from.
@@ -433,13 +445,15 @@ def load_encoder(checkpoint: Path) -> tuple[Encoder, RunConfig]:
 
 
 class _EpochBatches(Callback):
-    """Tells the batches which epoch it is, after a resume too."""
+    """Tells the batches which epoch it is, and how many of it are done, after a resume too."""
 
     def __init__(self, data: Batches) -> None:
         self.data = data
 
     def on_train_epoch_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        loops = trainer.fit_loop
         self.data.epoch = trainer.current_epoch
+        self.data.begin = loops.epoch_loop.batch_progress.current.ready if loops.restarted_mid_epoch else 0
 
 
 class _Checkpoint(ModelCheckpoint):
