@@ -119,7 +119,7 @@ def test_a_training_that_a_signal_stops_within_an_epoch_goes_on_to_the_same_weig
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(SequenceModel, "training_step", stopped)
-    kept = "2 epochs are in" if step == 14 else f"step {step + 1} of 15 in epoch 1 is in"
+    kept = "the end of epoch 1 is in" if step == 14 else f"step {step + 1} of 15 in epoch 1 is in"
     with pytest.raises(InterruptedTrainingError, match=rf"--resume \({kept} .*last\.ckpt\)"):
         train(settings, tmp_path / "parts", validated=validated)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers

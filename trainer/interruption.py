@@ -49,7 +49,7 @@ class Interruption(Callback):
         """Stop where a signal came too late for the epoch before, which is kept as a whole."""
         if self.asked:
             raise InterruptedTrainingError(
-                f"interrupted; go on with --resume ({trainer.current_epoch} epochs are in {self.last})"
+                f"interrupted; go on with --resume (the end of epoch {trainer.current_epoch - 1} is in {self.last})"
             )
 
     def on_train_batch_end(
