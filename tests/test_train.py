@@ -100,16 +100,16 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
 @pytest.mark.parametrize(
     ("kind", "number", "validated"), [("sasrec", signal.SIGTERM, True), ("bert4rec", signal.SIGINT, False)]
 )
-@pytest.mark.parametrize("step", [0, 6, 14])  # of 15; the last one ends the epoch
+@pytest.mark.parametrize(("epoch", "step"), [(1, 0), (1, 6), (1, 14), (2, 14)])  # of 3, and of 15, which ends an epoch
 def test_a_training_that_a_signal_stops_within_an_epoch_goes_on_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, number: int, step: int, validated: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, number: int, epoch: int, step: int, validated: bool
 ) -> None:
     settings = config(kind, model={"dropout": 0.2}, training={"epochs": 3, "batch_size": 4, "length_window": 1})
     whole = train(settings, tmp_path / "whole", validated=validated)
     made, seen = SequenceModel.training_step, list[tuple[int, int]]()
 
     def stopped(model: SequenceModel, batch: Rows, index: int) -> torch.Tensor:
-        if (model.current_epoch, index) == (1, step):
+        if (model.current_epoch, index) == (epoch, step):
             signal.raise_signal(number)
         return noted(model, batch, index)
 
@@ -119,14 +119,14 @@ def test_a_training_that_a_signal_stops_within_an_epoch_goes_on_to_the_same_weig
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(SequenceModel, "training_step", stopped)
-    kept = "the end of epoch 1 is in" if step == 14 else f"step {step + 1} of 15 in epoch 1 is in"
+    kept = f"the end of epoch {epoch} is in" if step == 14 else f"step {step + 1} of 15 in epoch {epoch} is in"
     with pytest.raises(InterruptedTrainingError, match=rf"--resume \({kept} .*last\.ckpt\)"):
         train(settings, tmp_path / "parts", validated=validated)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     monkeypatch.setattr(SequenceModel, "training_step", noted)
     resumed = train(settings, tmp_path / "parts", validated=validated, resume=True)
 
-    assert seen == [(epoch, index) for epoch in range(3) for index in range(15)]
+    assert seen == [(e, index) for e in range(3) for index in range(15)]
     assert (resumed.epochs, resumed.best) == (whole.epochs, whole.best)
     assert weights(resumed.encoder) == weights(whole.encoder)
     rows, wanted = (read_epochs(tmp_path / name / "epochs.csv") for name in ("parts", "whole"))

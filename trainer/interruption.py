@@ -32,13 +32,11 @@ class Interruption(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Listen to signals, instead of Lightning, which puts all handlers back in the end."""
-        if trainer.world_size > 1:
-            return
-        if threading.current_thread() is threading.main_thread():
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self.before = signal.getsignal(signal.SIGINT)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._ask)
-        if trainer.fit_loop.restarted_mid_epoch:
+        if trainer.fit_loop.restarted_mid_epoch:  # in several processes too, where one had stopped
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 callback.on_train_epoch_start(trainer, module)  # which Lightning leaves out within an epoch
             torch.set_rng_state(self.random["cpu"])
@@ -51,6 +49,10 @@ class Interruption(Callback):
             raise InterruptedTrainingError(
                 f"interrupted; go on with --resume (the end of epoch {trainer.current_epoch - 1} is in {self.last})"
             )
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The same behind the last epoch: what comes after a training was not to begin."""
+        self.on_train_epoch_start(trainer, module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, _module: pl.LightningModule, _outputs: Any, _batch: Any, step: int
