@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from shared.catalogue import Availability
 from shared.encoder import Encoder, Vectors
 from shared.events import IntArray
-from shared.retrieval import Mode, Retriever, build_index
+from shared.retrieval import Mode, Retrieval, Retriever, build_index
 from shared.times import DAY
 from tests import worlds
 from tests.trained import ITEMS, KINDS, START, Kind, dataset, evaluate_served, served_ranks, world
 from trainer.dataset import Cases, Dataset, leave_one_out
-from trainer.evaluate import TOP, encode_cases, full_ranks, index_recall, served_lists, vector_scores
+from trainer.evaluate import TOP, encode_cases, full_ranks, index_recall, place_of, served_lists, vector_scores
 from trainer.metrics import MISSED
 from trainer.train import encode_torch, evaluate_torch
 
@@ -130,7 +130,26 @@ def test_what_was_seen_before_the_events_that_are_read_is_left_out_too() -> None
     assert full_ranks(cases, vector_scores(queries, retriever.vectors)).tolist() == [2]
     lists = served_lists(cases, encoder, retriever, Availability.open(40))
     for found in (lists.free, lists.ruled):
-        assert found[0, :7].tolist() == [4, 5, 6, 7, 8, 1, 0]  # all that is left
+        assert found.items[0, :7].tolist() == [4, 5, 6, 7, 8, 1, 0]  # all that is left
+        assert found.ranks.tolist() == [2]
+
+
+def test_places_in_lists_count_equal_scores_against_the_target() -> None:
+    found = Retrieval(np.array([4, 2, 7, 9]), np.array([0.9, 0.5, 0.5, 0.1], np.float32), "exact")
+    assert [place_of(found, item) for item in (4, 2, 7, 9, 5)] == [1, 3, 3, 4, MISSED]
+
+
+@pytest.mark.parametrize("top", [5, 20, 29])
+def test_a_model_that_knows_nothing_is_worth_nothing_through_the_bundle_too(top: int) -> None:
+    """All scores are the same: every target is behind all items that its user has not seen."""
+    circle = world("sasrec")
+    model = circle.bundle.models["sasrec"]
+    blind, cases = Retriever(np.ones_like(model.retriever.vectors), None), circle.split.test
+    wanted = full_ranks(cases, lambda part: np.ones((len(part), ITEMS), np.float32))
+    lists = served_lists(cases, model.encoder, blind, Availability.open(ITEMS), top)
+    assert (lists.free.items[:, 0] > 0).all()
+    for found in (lists.free, lists.ruled):
+        assert found.ranks.tolist() == np.where(wanted <= top, wanted, MISSED).tolist()
 
 
 def test_index_recall_is_the_share_of_the_exact_top() -> None:

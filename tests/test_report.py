@@ -16,7 +16,6 @@ from shared.times import DAY
 from tests.trained import START, config, cyclic_events, dataset, evaluate_served, world
 from trainer.curves import read_epochs, write_epochs
 from trainer.dataset import leave_one_out
-from trainer.evaluate import list_ranks
 from trainer.metrics import MISSED
 from trainer.page import page, ticks
 from trainer.pipeline import rivals
@@ -211,8 +210,3 @@ def test_a_run_without_epochs_or_rivals_still_has_a_page() -> None:
 )
 def test_ticks_are_round_and_enclose(high: float, low: float, wanted: list[float]) -> None:
     assert ticks(high, low) == wanted
-
-
-def test_list_ranks_are_places_in_lists() -> None:
-    lists = np.array([[4, 2, 0], [4, 2, 1], [3, 0, 0]])
-    assert list_ranks(lists, np.array([2, 4, 5])).tolist() == [2, 1, MISSED]

@@ -26,7 +26,7 @@ from shared.retrieval import Retriever
 from shared.times import DAY, SECOND, of_year
 from trainer.config import RunConfig
 from trainer.dataset import Cases, Dataset, Split, build_dataset, leave_one_out
-from trainer.evaluate import list_ranks, served_lists, served_metrics
+from trainer.evaluate import served_lists, served_metrics
 from trainer.export import Exported, export
 from trainer.metrics import metrics
 from trainer.pipeline import rivals
@@ -191,7 +191,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def served_ranks(cases: Cases, encoder: Encoder, retriever: Retriever, availability: Availability) -> IntArray:
     """Ranks as a user of the service sees them: the place in the top-20 list by `availability`, (C,)."""
-    return list_ranks(served_lists(cases, encoder, retriever, availability).ruled, cases.target)
+    return served_lists(cases, encoder, retriever, availability).ruled.ranks
 
 
 def evaluate_served(split: Split, encoder: Encoder, retriever: Retriever) -> dict[str, Any]:

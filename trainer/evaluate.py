@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from shared.catalogue import Availability
 from shared.encoder import Encoder, Vectors
 from shared.events import IntArray
 from shared.popularity import Popularity
-from shared.retrieval import Retriever, Scope
+from shared.retrieval import Retrieval, Retriever, Scope
 from shared.times import END
 from trainer.dataset import Cases
 from trainer.metrics import CUTOFFS, MISSED, intervals, list_metrics, metrics
@@ -62,31 +62,45 @@ def encode_cases(encoder: Encoder, cases: Cases) -> tuple[IntArray, Vectors]:
     return asked, encoder.encode([histories[c] for c in asked], None if times is None else [times[c] for c in asked])
 
 
+class Lists(NamedTuple):
+    """What users of the service see, and what it is worth."""
+
+    items: IntArray  # (C, K) item indices, best first, 0 where a list is short
+    ranks: IntArray  # (C,) place of the target from 1, behind all of its score; MISSED where that is beyond K
+
+
 @dataclass(frozen=True)
 class Served:
-    """Lists (C, K) of item indices as a user of the service sees them, 0 where a list is short."""
+    """The lists for some cases."""
 
-    free: IntArray  # every item may be recommended at all times, as in papers
-    ruled: IntArray  # by the availability rule at each target's time
+    free: Lists  # every item may be recommended at all times, as in papers
+    ruled: Lists  # by the availability rule at each target's time
 
 
 def served_lists(cases: Cases, encoder: Encoder, retriever: Retriever, rule: Availability, top: int = TOP) -> Served:
     """Lists from ONNX and retrieval, without and with the availability rule."""
-    free, ruled = np.zeros((2, len(cases), top), np.int64)
+    free, ruled = (Lists(np.zeros((len(cases), top), np.int64), np.full(len(cases), MISSED)) for _ in range(2))
     everything, seen, times = Availability.open(len(cases.dataset.catalogue)), cases.seen(), cases.timestamp
+    targets = cases.target
     asked, queries = encode_cases(encoder, cases)
     for case, query in zip(asked, queries, strict=True):
         banned = np.unique(seen[case])
         for lists, availability in ((free, everything), (ruled, rule)):
-            found = retriever.retrieve(query, top, Scope(availability, int(times[case]), banned)).items
-            lists[case, : len(found)] = found
+            # One more than is shown: it tells whether the last score shown is that of others, too.
+            found = retriever.retrieve(query, top + 1, Scope(availability, int(times[case]), banned))
+            shown = found.items[:top]
+            lists.items[case, : len(shown)] = shown
+            place = place_of(found, int(targets[case]))
+            lists.ranks[case] = place if place <= top else MISSED
     return Served(free, ruled)
 
 
-def list_ranks(lists: IntArray, targets: IntArray) -> IntArray:
-    """Place of each target (C,) in its list (C, K), from 1; MISSED where it is not in it."""
-    hits = lists == targets[:, None]  # (C, K)
-    return np.where(hits.any(1), hits.argmax(1) + 1, MISSED)
+def place_of(found: Retrieval, target: int) -> int:
+    """Rank of an item in a list, from 1; equal scores, which a list has by index, all count against it."""
+    at = np.flatnonzero(found.items == target)
+    if not len(at):
+        return MISSED
+    return int(np.flatnonzero(~(found.scores < found.scores[at[0]]))[-1]) + 1
 
 
 def served_metrics(
@@ -94,16 +108,15 @@ def served_metrics(
 ) -> dict[str, Any]:
     """Metrics of lists, without and with the availability rule, and what the rule touches."""
     targets, times, counts = cases.target, cases.timestamp, popularity.popular(END)
-    ranks = list_ranks(served.free, targets)
     hidden = [not rule.allowed(np.array([t]), int(at))[0] for t, at in zip(targets, times, strict=True)]
     fewer = [items_hidden(rule, int(at)) for at in times]
-    ruled = metrics(list_ranks(served.ruled, targets), cutoffs, cases.user)
+    ranks, ruled = served.free.ranks, metrics(served.ruled.ranks, cutoffs, cases.user)
     return {
         "cases": len(cases),
         "users": len(np.unique(cases.user)),
         **metrics(ranks, cutoffs, cases.user),
         "intervals": intervals(ranks, cases.user, [f"{kind}@{k}" for kind in ("hr", "ndcg") for k in cutoffs]),
-        "lists": list_metrics(served.free, targets, counts),
+        "lists": list_metrics(served.free.items, targets, counts),
         "targets_without_training_event": int(np.count_nonzero(counts[targets] == 0)),
         "availability_rule": {
             **{name: value for name, value in ruled.items() if name.endswith("@10")},

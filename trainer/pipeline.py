@@ -31,7 +31,7 @@ from trainer.compare import RANKS, CaseRanks
 from trainer.config import ConfigError, EvaluationConfig, Fit, RunConfig, flat, one_data, validate
 from trainer.dataset import Cases, Dataset, Sequences, Split, everything
 from trainer.errors import TrainingError
-from trainer.evaluate import TOP, list_ranks, served_metrics
+from trainer.evaluate import TOP, served_metrics
 from trainer.export import Exported, Tower, export
 from trainer.items import digest, features_of
 from trainer.metrics import intervals, metrics
@@ -346,7 +346,7 @@ def evaluate(
             cutoffs = config.evaluation.cutoffs
             values["bundle"] = served_metrics(split.test, served[name], split.rule, split.popularity, cutoffs)
             values["torch"] = evaluate_torch(model.encoder, config, split.test)
-            ranks = CaseRanks.of(split.test, list_ranks(served[name].free, split.test.target), values["protocol"])
+            ranks = CaseRanks.of(split.test, served[name].free.ranks, values["protocol"])
             ranks.save(run.folder / RANKS["test"])
             known, cases = torch_ranks(model.encoder, config, split.validation)
             chosen_by = CaseRanks.of(cases, known, f"{split.protocol} validation, full ranking, seen filtered, torch")
