@@ -190,15 +190,16 @@ def test_a_sweep_ranks_by_validation_and_goes_on_where_it_was(place: Place, tmp_
     said = trainer("sweep", place.preset, *words, "--runs", tmp_path / "s")
     table = [line.split() for line in said.splitlines() if re.match(r" +\d", line)]
     assert sorted(row[0] for row in table) == ["1", "2", "3", "4"]
-    assert {row[3] for row in table[:2]} == {"training.lr=0.02"}
+    assert {row[4] for row in table[:2]} == {"training.lr=0.02"}
     assert float(table[0][1]) >= float(table[1][1]) > float(table[2][1])
     with (tmp_path / "s/sweep.csv").open() as opened:
         rows = list(csv.DictReader(opened))
     assert [row["trial"] for row in rows] == [row[0] for row in table]
-    checkpoints = contents(tmp_path / "s/001")
+    assert [row["folder"] for row in rows] == [row[3] for row in table]
+    checkpoints = contents(tmp_path / "s" / table[0][3])
     some = trainer("sweep", place.preset, *words, "--runs", tmp_path / "s", "--trials", "4")
     assert some.splitlines()[-4:] == said.splitlines()[-4:]
-    same = {name: digest for name, digest in contents(tmp_path / "s/001").items() if name.endswith(".ckpt")}
+    same = {name: digest for name, digest in contents(tmp_path / "s" / table[0][3]).items() if name.endswith(".ckpt")}
     assert same == {name: digest for name, digest in checkpoints.items() if name.endswith(".ckpt")}
     assert "the data stays the same" in refused("sweep", place.preset, "data.source.kind=sql,files")
 

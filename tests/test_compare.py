@@ -68,6 +68,23 @@ def test_users_with_many_targets_count_once() -> None:
     assert compare(one, one)["hr@5"].users == len(np.unique(cases.user))
 
 
+def test_runs_that_ranked_other_items_are_not_compared(tmp_path: Path) -> None:
+    """The same users and targets, of a data set with and without a list of items that nobody has used yet."""
+    rows = cyclic_events(users=60)
+    for other, said in (
+        (dataset(rows, [{"item_id": "new"}]), r"ranked 30 items \(\w+\) and 31 items"),
+        (dataset(rows, history={"seen_types": []}), "left out as seen: events of .*view.* and none"),
+    ):
+        cases = leave_one_out(other).test
+        with pytest.raises(CompareError, match=said):
+            compare(ranks(1), CaseRanks.of(cases, np.ones(len(cases), np.int64), "leave-one-out"))
+    (tmp_path / "a/split").mkdir(parents=True)
+    old = ranks(1)
+    np.savez(tmp_path / "a/split/ranks.npz", user=old.user, item=old.item, place=old.place, rank=old.rank,
+             protocol=np.array(old.protocol))  # fmt: skip
+    assert compare(load_ranks(tmp_path, "a"), old)["hr@10"].difference == 0  # it does not say, so it is believed
+
+
 def test_runs_that_were_asked_something_else_are_not_compared() -> None:
     a = ranks(1)
     with pytest.raises(CompareError, match="measured differently: 'leave-one-out' and 'temporal'"):

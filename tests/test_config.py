@@ -140,7 +140,7 @@ def test_models_of_one_name_cannot_share_a_bundle() -> None:
 def test_a_run_reads_back_the_settings_it_was_made_with(tmp_path: Path, source: dict[str, str] | None) -> None:
     made = config("bert4rec", data={"source": source} if source else {}, training={"lr": 0.5})
     run = Run.of(tmp_path, made.name, "split")
-    run.start(made, dataset(cyclic_events()), None, resume=False)
+    run.start(made, dataset(cyclic_events()), None)
     assert run.config() == made
     assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0  # it may hold a password
 

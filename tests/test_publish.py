@@ -118,7 +118,7 @@ def test_figures_of_another_split_are_not_compared(tmp_path: Path, circle: World
     publish(tmp_path, data, split.popularity, measured("leave-one-out", 0.9), POPULAR, split.test)
     assert "no live model was measured" in check_gate(tmp_path, data, measured("temporal", 0.5), POPULAR)
     assert "not below the live sasrec" in check_gate(tmp_path, data, measured("leave-one-out", 0.9), POPULAR)
-    with pytest.raises(PublishRefusedError, match="the live bundle"):
+    with pytest.raises(PublishRefusedError, match="the live sasrec"):
         check_gate(tmp_path, data, measured("leave-one-out", 0.5), POPULAR)
 
 
@@ -126,10 +126,19 @@ def test_only_popularity_is_a_bar_not_every_baseline(tmp_path: Path, circle: Wor
     check_gate(tmp_path, circle.dataset, {"sasrec": circle.candidate(0.5)}, {**POPULAR, "ease": {"ndcg@10": 0.9}})
 
 
-def test_a_model_of_another_name_is_not_compared(tmp_path: Path, circle: World) -> None:
+def test_a_newcomer_beside_the_live_model_is_not_compared(tmp_path: Path, circle: World) -> None:
     put(tmp_path, circle, 0.9)
-    said = check_gate(tmp_path, circle.dataset, {"newcomer": circle.candidate(0.5)}, POPULAR)
-    assert "no live model was measured" in said
+    candidates = {"sasrec": circle.candidate(0.9), "newcomer": circle.candidate(0.5)}
+    assert check_gate(tmp_path, circle.dataset, candidates, POPULAR).endswith("not below the live sasrec")
+
+
+def test_another_name_is_no_way_around_the_live_default_model(tmp_path: Path, circle: World) -> None:
+    """Whoever names no model would get the newcomer's answers from now on."""
+    put(tmp_path, circle, 0.9)
+    with pytest.raises(PublishRefusedError, match=r"^newcomer reaches ndcg@10 0\.5000, the live sasrec 0\.9000"):
+        check_gate(tmp_path, circle.dataset, {"newcomer": circle.candidate(0.5)}, POPULAR)
+    said = check_gate(tmp_path, circle.dataset, {"newcomer": circle.candidate(0.95)}, POPULAR)
+    assert said.endswith("not below the live sasrec")
 
 
 def test_a_damaged_live_bundle_keeps_no_good_one_out(tmp_path: Path, circle: World) -> None:

@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from tests.trained import ITEMS, KINDS, Kind, config, cyclic_events, dataset
+from tests.trained import ITEMS, KINDS, Kind, config, cyclic_events, dataset, unchanged
 from trainer import pipeline
 from trainer import train as module
 from trainer.config import ConfigError, RunConfig
@@ -196,8 +197,122 @@ def test_an_unfinished_training_is_not_thrown_away_by_a_resume_with_other_settin
         pipeline.train(settings, dataset(cyclic_events(users=21)), "split", tmp_path, resume=True)
     threads = config(training={"epochs": 2, "threads": 2})  # the machine is no part of it
     assert pipeline.train(threads, data, "split", tmp_path, resume=True).epochs == 2
-    # What is finished gives way, as without --resume.
-    assert pipeline.train(other, data, "split", tmp_path, resume=True).epochs <= 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"epochs": 3, "lr": 0.02}, {"epochs": 1}, {"epochs": 3, "schedule": "cosine"}, {"epochs": 3, "patience": 1}],
+    ids=str,
+)
+def test_a_finished_training_is_not_thrown_away_by_a_resume_with_other_settings(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    data, folder = dataset(cyclic_events(users=20)), tmp_path / "sasrec" / "split"
+    pipeline.train(config(training={"epochs": 2}), data, "split", tmp_path)
+    with unchanged(folder), pytest.raises(ConfigError, match=r"a finished training, with .* Leave out --resume"):
+        pipeline.train(config(training=other), data, "split", tmp_path, resume=True)
+    # Of other data it gives way, every night; and without --resume.
+    newer = dataset(cyclic_events(users=21))
+    assert pipeline.train(config(training={**other, "epochs": 1}), newer, "split", tmp_path, resume=True).epochs == 1
+    assert pipeline.train(config(training=other), data, "split", tmp_path).epochs <= 3
+
+
+@pytest.mark.parametrize("which", ["split", "all"])
+def test_a_finished_training_goes_on_for_more_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: Literal["split", "all"]
+) -> None:
+    data = dataset(cyclic_events(users=20))
+    whole = pipeline.train(config(training={"epochs": 4}), data, which, tmp_path / "whole")
+    seen: list[int] = []
+    start = SequenceModel.on_train_epoch_start
+
+    def note(model: SequenceModel) -> None:
+        seen.append(model.current_epoch)
+        start(model)
+
+    monkeypatch.setattr(SequenceModel, "on_train_epoch_start", note)
+    pipeline.train(config(training={"epochs": 2}), data, which, tmp_path / "parts")
+    longer = config(training={"epochs": 4, "patience": 20})
+    resumed = pipeline.train(longer, data, which, tmp_path / "parts", resume=True)
+    assert seen == [0, 1, 2, 3]
+    assert (resumed.epochs, resumed.best) == (whole.epochs, whole.best)
+    assert weights(resumed.encoder) == weights(whole.encoder)
+
+
+def test_what_patience_ended_goes_on_with_more_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "evaluate_torch", scripted(0.1, 0.5, 0.4, 0.4, 0.4, 0.6, 0.1, 0.1))
+    data = dataset(cyclic_events(users=20))
+    first = pipeline.train(config(training={"epochs": 8, "patience": 2}), data, "split", tmp_path)
+    assert [first.epochs, first.best] == pytest.approx([2, 0.5])
+    again = pipeline.train(config(training={"epochs": 8, "patience": 4}), data, "split", tmp_path, resume=True)
+    assert [again.epochs, again.best] == pytest.approx([6, 0.6])
+
+
+def test_a_signal_as_patience_ends_the_training_ends_it_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = scripted(0.1, 0.5, 0.4, 0.4, 0.9)
+    asked: list[int] = []
+
+    def stopped(*inputs: Any) -> dict[str, float]:
+        asked.append(len(asked))
+        if len(asked) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return scores(*inputs)
+
+    monkeypatch.setattr(module, "evaluate_torch", stopped)
+    settings = config(training={"epochs": 9, "patience": 2})
+    with pytest.raises(InterruptedTrainingError, match="the end of epoch 3"):
+        train(settings, tmp_path)
+    found = train(settings, tmp_path, resume=True)
+    assert [found.epochs, found.best] == pytest.approx([2, 0.5])
+    assert len(asked) == 4
+
+
+def test_a_kill_between_a_better_epoch_and_its_note_costs_no_more_than_that_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best file of before is gone then, and the newest state names it."""
+    save = ModelCheckpoint._save_checkpoint
+
+    def killed(saver: ModelCheckpoint, trainer: pl.Trainer, path: str) -> None:
+        if path.endswith("last.ckpt") and trainer.current_epoch == 1:
+            raise MemoryError
+        save(saver, trainer, path)
+
+    settings = config(training={"epochs": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate_torch", scripted(0.3, 0.5))
+        patch.setattr(ModelCheckpoint, "_save_checkpoint", killed)
+        with pytest.raises(MemoryError):
+            train(settings, tmp_path)
+    monkeypatch.setattr(module, "evaluate_torch", scripted(0.29, 0.28))  # of another machine's rounding
+    found = train(settings, tmp_path, resume=True)
+    assert [found.epochs, found.best] == pytest.approx([2, 0.29])
+    assert found.checkpoint.is_file()
+
+
+def test_epochs_that_validation_chose_are_taken_from_the_same_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, said = dataset(cyclic_events(users=20)), list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate_torch", scripted(0.5, 0.4, 0.3))
+        pipeline.train(config(training={"epochs": 3}), data, "split", tmp_path)
+    newer = dataset(cyclic_events(users=21))
+    assert pipeline.train(config(training={"epochs": 3}), newer, "all", tmp_path, say=said.append).epochs == 1
+    assert said.pop().startswith("sasrec: training 1 epochs, as validation chose in ")
+    other = config(training={"epochs": 2, "lr": 0.02})
+    pipeline.train(other, data, "all", tmp_path, say=said.append)
+    assert torch.load(tmp_path / "sasrec" / "all" / "last.ckpt", weights_only=False)["epoch"] == 1
+    assert said[0].endswith("had other settings; training 2 epochs, as is set")
+
+
+def test_a_training_that_cannot_begin_replaces_no_run(tmp_path: Path) -> None:
+    data = dataset(cyclic_events(users=20), has_times=False)
+    pipeline.train(config(training={"epochs": 1}), data, "split", tmp_path)
+    with unchanged(tmp_path), pytest.raises(TrainingError, match="time_bias needs times"):
+        pipeline.train(config(model={"time_bias": "query"}), data, "split", tmp_path)
 
 
 def test_a_device_that_is_not_there_is_said_before_anything_is_deleted(tmp_path: Path) -> None:

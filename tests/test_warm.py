@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from shared.bundle import Bundle, BundleError, point_current
-from tests.trained import ITEMS, START, Row, config, cyclic_events, dataset, world
+from tests.trained import ITEMS, START, Row, config, cyclic_events, dataset, unchanged, world
 from trainer import pipeline
 from trainer.config import ConfigError, RunConfig
 from trainer.dataset import leave_one_out
@@ -62,6 +63,50 @@ def test_another_form_of_network_is_refused() -> None:
     deeper = Encoder(config("sasrec", model={"blocks": 2}).model, ITEMS)
     with pytest.raises(WarmStartError, match=r"has nothing for blocks\.1"):
         published().give(deeper, world("sasrec").dataset.catalogue)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"block": "original"}, {"heads": 4}, {"time_bias": "query"}, {"position_bias": True}, {"positions": "none"},
+     {"max_length": 8}],
+    ids=str,
+)  # fmt: skip
+def test_weights_of_another_network_are_refused_even_where_their_shapes_are_the_same(other: dict[str, object]) -> None:
+    published().check(config("sasrec", model={"dropout": 0.5}).model)
+    ((part, value),) = other.items()
+    had = world("sasrec").config.model_dump(mode="json")["model"][part]
+    with pytest.raises(WarmStartError, match=rf"trained with model\.{part}={had} \(now {value}\): a warm start"):
+        published().check(config("sasrec", model=other).model)
+    with pytest.raises(WarmStartError, match=r"model\.kind=sasrec \(now bert4rec\)"):
+        published().check(config("bert4rec").model)
+
+
+def test_a_warm_start_that_cannot_be_replaces_no_run(tmp_path: Path) -> None:
+    found, run = world("sasrec"), pipeline.Run.of(tmp_path, "sasrec", "split")
+    pipeline.train(config("sasrec", training={"epochs": 1}), found.dataset, "split", tmp_path)
+    other = config("sasrec", model={"heads": 2}, training={"init_from": str(found.bundle.path)})
+    with unchanged(run.folder), pytest.raises(WarmStartError):
+        pipeline.train(other, found.dataset, "split", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_refit_starts_as_its_split_did_whatever_is_live_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, said = world("sasrec"), list[str]()
+    shelf = tmp_path / "bundles"
+    seal = shelf / found.bundle.version
+    shutil.copytree(found.bundle.path, seal)
+    point_current(shelf, found.bundle.version)
+    warm = settings(shelf)
+    monkeypatch.setattr(Published, "saw", lambda *_: False)
+    pipeline.train(warm, found.dataset, "split", tmp_path / "runs")
+    monkeypatch.setattr(Published, "saw", lambda *_: True)  # by now another bundle is live, which knows all answers
+    point_current(shelf, "another")
+    pipeline.run([warm], found.dataset, tmp_path / "runs", tmp_path / "out", said.append, force=True, resume=True)
+    fitted = pipeline.restore(tmp_path / "runs", "sasrec", "all")[1]
+    assert float((fitted.encoder.vectors - found.fitted.encoder.vectors).abs().max().detach()) < 1e-3
+    assert not [line for line in said if "trained from the start" in line]
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
@@ -124,7 +169,7 @@ def test_what_is_published_began_as_what_was_measured(tmp_path: Path, monkeypatc
 
 def test_a_refit_that_cannot_be_resumed_is_said_before_the_split_is_trained(tmp_path: Path) -> None:
     found, run = world("sasrec"), pipeline.Run.of(tmp_path, "sasrec", "all")
-    run.start(config("sasrec", training={"epochs": 7}), found.dataset, 3, resume=False)
+    run.start(config("sasrec", training={"epochs": 7}), found.dataset, 3)
     (run.folder / "last.ckpt").touch()
     with pytest.raises(ConfigError, match=r"training\.epochs=7 \(now 2\)"):
         pipeline.run(

@@ -25,6 +25,7 @@ from shared.encoder import Encoder
 from shared.events import IntArray
 from trainer.config import RunConfig
 from trainer.dataset import Cases, Dataset, DatasetError, leave_one_out
+from trainer.errors import InterruptedTrainingError
 from trainer.evaluate import Scores, encode_cases, full_ranks, vector_scores
 from trainer.export import export
 from trainer.items import features_of
@@ -71,7 +72,10 @@ def measure_cold(config: RunConfig, held: HeldOut, folder: Path, seed: int) -> d
     split = leave_one_out(held.rest)
     features = features_of(held.rest, split.sequences, config.model.metadata, config.model.hidden_units)
     N = len(held.rest.catalogue)
-    fitted = fit(config, N, split.sequences, split.validation, folder, features=features)
+    try:
+        fitted = fit(config, N, split.sequences, split.validation, folder, features=features)
+    except InterruptedTrainingError as error:
+        raise InterruptedTrainingError(error.kept, "the same command begins anew") from None
     exported = export(fitted.encoder, config)
     _, queries = encode_cases(Encoder(exported.onnx, exported.spec), held.asked)
     rng = np.random.default_rng(seed)

@@ -4,6 +4,7 @@ finds differences that the intervals of the two runs hide.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Self
@@ -36,26 +37,35 @@ class CaseRanks:
     place: IntArray  # (C,) events of the user before the target
     rank: IntArray  # (C,) from 1; 2**40 for a target in no list
     protocol: str
+    ranked: str = ""  # which items were ranked, in words that are the same for the same ones; "" in older files
+    seen: str = ""  # types of event whose items were left out
 
     @classmethod
     def of(cls, cases: Cases, rank: IntArray, protocol: str) -> Self:
         """Ranks (C,) of cases."""
         dataset = cases.dataset
-        users, items = np.array(dataset.users), np.array(["", *dataset.catalogue.items.ids])
-        return cls(users[cases.user], items[cases.target], cases.row - dataset.offsets[cases.user], rank, protocol)
+        ids = dataset.catalogue.items.ids
+        users, items = np.array(dataset.users), np.array(["", *ids])
+        digest = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:8]
+        return cls(
+            users[cases.user], items[cases.target], cases.row - dataset.offsets[cases.user], rank, protocol,
+            f"{len(ids):,} items ({digest})", ", ".join(sorted(dataset.policy.seen_types)) or "none",
+        )  # fmt: skip
 
     def save(self, file: Path) -> None:
         """Write, small."""
         np.savez_compressed(
-            file, user=self.user, item=self.item, place=self.place, rank=self.rank, protocol=np.array(self.protocol)
-        )
+            file, user=self.user, item=self.item, place=self.place, rank=self.rank, protocol=np.array(self.protocol),
+            ranked=np.array(self.ranked), seen=np.array(self.seen),
+        )  # fmt: skip
 
     @classmethod
     def load(cls, file: Path) -> Self:
         """Raises CompareError where there is no such file."""
         try:
             with np.load(file, allow_pickle=False) as found:
-                return cls(found["user"], found["item"], found["place"], found["rank"], str(found["protocol"]))
+                said = {name: str(found[name]) for name in ("protocol", "ranked", "seen") if name in found.files}
+                return cls(found["user"], found["item"], found["place"], found["rank"], said.pop("protocol"), **said)
         except (OSError, KeyError, ValueError) as error:
             raise CompareError(
                 f"{file} cannot be read ({error}); make it with: python -m trainer evaluate <name>"
@@ -72,6 +82,9 @@ def compare(a: CaseRanks, b: CaseRanks) -> dict[str, Paired]:
     """Metric -> run B less run A, over the same users. Raises CompareError unless both were asked the same."""
     if a.protocol != b.protocol:
         raise CompareError(f"the runs were measured differently: {a.protocol!r} and {b.protocol!r}")
+    for one, other, what in ((a.ranked, b.ranked, "ranked"), (a.seen, b.seen, "left out as seen: events of")):
+        if one and other and one != other:
+            raise CompareError(f"the runs are not alike, {what} {one} and {other}: evaluate both with the same data.*")
     order_a, order_b = (np.lexsort((r.place, r.user)) for r in (a, b))
     same = len(a.user) == len(b.user) and all(
         np.array_equal(getattr(a, part)[order_a], getattr(b, part)[order_b]) for part in ("user", "place", "item")

@@ -10,4 +10,8 @@ class TrainingError(TrainerError):
 
 
 class InterruptedTrainingError(TrainingError):
-    """A training that somebody stopped, and that goes on where it was."""
+    """A training that somebody stopped: what is kept of it, and how to go on."""
+
+    def __init__(self, kept: str, how: str = "go on with --resume") -> None:
+        super().__init__(f"interrupted; {how} ({kept})")
+        self.kept = kept

@@ -46,9 +46,7 @@ class Interruption(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Stop where a signal came too late for the epoch before, which is kept as a whole."""
         if self.asked:
-            raise InterruptedTrainingError(
-                f"interrupted; go on with --resume (the end of epoch {trainer.current_epoch - 1} is in {self.last})"
-            )
+            raise InterruptedTrainingError(f"the end of epoch {trainer.current_epoch - 1} is in {self.last}")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The same behind the last epoch: what comes after a training was not to begin."""
@@ -61,8 +59,7 @@ class Interruption(Callback):
         if self.asked and not trainer.is_last_batch:
             trainer.save_checkpoint(self.last)
             raise InterruptedTrainingError(
-                f"interrupted; go on with --resume (step {step + 1} of {trainer.num_training_batches} in epoch "
-                f"{trainer.current_epoch} is in {self.last})"
+                f"step {step + 1} of {trainer.num_training_batches} in epoch {trainer.current_epoch} is in {self.last}"
             )
 
     def state_dict(self) -> dict[str, Any]:

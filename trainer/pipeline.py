@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -46,13 +46,17 @@ from trainer.train import (
     Share,
     check_device,
     evaluate_torch,
-    fit,
     load_encoder,
+    prepare,
     torch_ranks,
 )
 from trainer.warm import Published
 
 Say = Callable[[str], None]
+Left = Literal["nothing", "unfinished", "finished"]
+"""What a folder holds of the training that is wanted."""
+LONGER: Final = {"training.epochs", "training.patience"}
+"""Settings that, grown, make a longer training with the same beginning, at a constant learning rate."""
 MACHINE: Final = {"accelerator", "threads"}
 """Settings of training that decide no more than rounding."""
 
@@ -68,44 +72,105 @@ class Run:
         """`runs/<name>/<which>`."""
         return cls(runs / name / which)
 
-    def start(self, config: RunConfig, dataset: Dataset, epochs: int | None, *, resume: bool) -> bool:
-        """Make the folder ready; whether what an earlier training left in it is kept.
+    def left(self, config: RunConfig, dataset: Dataset, epochs: int | None) -> Left:
+        """What an earlier training left for one that is to go on with it.
 
-        It is kept only with `resume`, and only if that training had the same settings, data and epochs: weights belong
-        to the item indices of their data. A finished training that had others gives way. Raises ConfigError for an
-        unfinished one, which somebody means to go on with.
+        Weights belong to the item indices of their data, so that of other data nothing is left, once it is finished.
+        Raises ConfigError where a training that has other settings would be lost.
         """
-        mine = {"identity": identity(config, dataset), "epochs": epochs}
-        kept = resume and self._started() == mine
-        if resume and not kept:
-            self.refuse_unfinished(config)
-        if not kept and self.folder.exists():
+        started = self._started()
+        if started is None or started["identity"] != identity(config, dataset) or started["epochs"] != epochs:
+            self.refuse_other(config, dataset, epochs)
+            return "unfinished" if self.is_fitted() and self._goes_on_to(config, dataset, epochs) else "nothing"
+        if self.is_fitted():
+            return "finished"
+        return "unfinished" if (self.folder / LAST).is_file() else "nothing"
+
+    def _goes_on_to(self, config: RunConfig, dataset: Dataset, epochs: int | None) -> bool:
+        """Whether the finished training would have been the first part of this one, which is for more epochs."""
+        started = self._started() or {}
+        try:
+            before = self.config()
+        except ConfigError:
+            return False
+        if not self._same_data(dataset) or self._changed(config).keys() - LONGER:
+            return False
+        had, now = before.training, config.training
+        more = (epochs or now.epochs) >= (started["epochs"] or had.epochs) and now.patience >= had.patience
+        return more and now.schedule == "constant" and (self.folder / LAST).is_file()
+
+    def start(
+        self, config: RunConfig, dataset: Dataset, epochs: int | None, first: str | None = None, *, keep: bool = False
+    ) -> None:
+        """Make the folder ready for a training whose first weights the bundle `first` gave; None: random ones.
+
+        What an earlier training left in it goes, unless that is to go on: `keep`.
+        """
+        if keep:
+            first = self.first()
+            (self.folder / "fit.json").unlink(missing_ok=True)
+        elif self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save_config(config)
-        self.write("started.json", mine)
-        return kept
+        self.write("started.json", {"identity": identity(config, dataset), "epochs": epochs, "first": first})
+
+    def first(self) -> str | None:
+        """The bundle that gave the training its first weights; None where these were random."""
+        found: str | None = (self._started() or {}).get("first")
+        return found
 
     def resumes(self, config: RunConfig, dataset: Dataset) -> bool:
         """Whether what an earlier training left had the same settings and data."""
         return (self._started() or {}).get("identity") == identity(config, dataset)
 
-    def refuse_unfinished(self, config: RunConfig) -> None:
-        """Raise ConfigError where an unfinished training, which had something else than `config`, would be lost."""
+    def refuse_other(self, config: RunConfig, dataset: Dataset, epochs: int | None) -> None:
+        """Raise ConfigError where a training, which had something else than `config`, would be lost to a resume.
+
+        An unfinished one counts always. A finished one does where it is of the same data: one of new data takes its
+        place every night; and but for the number of `epochs`, which follows from another training.
+        """
         if not self.is_fitted() and (self.folder / LAST).is_file():
             raise ConfigError(
                 f"{self.folder} holds an unfinished training, with {self._otherwise(config)}. Resume it with what it "
                 "had, take another folder (--runs), or delete this one"
             )
+        if not self.is_fitted() or not self._same_data(dataset) or self._goes_on_to(config, dataset, epochs):
+            return
+        if epochs is None or self._changed(config).keys() - LONGER:
+            raise ConfigError(
+                f"{self.folder} holds a finished training, with {self._otherwise(config)}. Leave out --resume to train "
+                "anew in its place, or take another folder (--runs)"
+            )
+
+    def _same_data(self, dataset: Dataset) -> bool:
+        """Whether the folder's training is of this data, and of the fields that it reads."""
+        try:
+            had = identity(self.config(), dataset)
+        except ConfigError:
+            return False
+        return (self._started() or {}).get("identity") == had
 
     def _otherwise(self, config: RunConfig) -> str:
         """How the training in the folder differs from `config`, in words."""
         try:
-            had, has = (flat(decisive(c)) for c in (self.config(), config))
+            other = [f"{name}={had} (now {now})" for name, (had, now) in self._changed(config).items()]
         except ConfigError:
             return "other settings"
-        other = [f"{name}={had.get(name)} (now {value})" for name, value in has.items() if had.get(name) != value]
-        return ", ".join(other) or "other data, held-out events or epochs"
+        return ", ".join(other) or "other data or epochs"
+
+    def _changed(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """What decides the weights -> what the folder's training had, and what is set now. Raises ConfigError."""
+        had, now = (flat({**decisive(c), "evaluation": c.evaluation.held_out}) for c in (self.config(), config))
+        names = [name for name in (had | now) if had.get(name) != now.get(name)]
+        return {name: (had.get(name), now.get(name)) for name in names}
+
+    def had_settings(self, config: RunConfig) -> bool:
+        """Whether the training in the folder had these settings, whatever the data."""
+        try:
+            return not self._changed(config)
+        except ConfigError:
+            return False
 
     def _started(self) -> dict[str, Any] | None:
         try:
@@ -246,46 +311,57 @@ def train(
     """Train one model on the split (early stopping) or on all events (`epochs` to the end).
 
     A `cold` start takes no weights of a bundle, whatever the settings say. Of several processes the first keeps the
-    run's folder. With `resume` a training that is over is not trained on.
+    run's folder. With `resume` a training that is over is not trained on, unless for more epochs.
     """
     check_device(config.training.accelerator)
-    run = Run.of(runs, config.name, which)
-    sequences, validation = _part(config, dataset, which)  # before `start`: what cannot be split replaces no run
-    epochs = epochs or _chosen_epochs(config, which, runs)
-    features = features_of(dataset, sequences, config.model.metadata, config.model.hidden_units)
-    published = None if cold else _warm(config, dataset, which, say)
-    first = None if published is None else lambda encoder: say(published.give(encoder, dataset.catalogue))
-    mine = Share.mine()
-    kept, over = mine.by_first(lambda: (run.start(config, dataset, epochs, resume=resume), run.is_fitted()))
-    if kept and over:
+    run, mine = Run.of(runs, config.name, which), Share.mine()
+    sequences, validation = _part(config, dataset, which)
+    epochs = epochs or _chosen_epochs(config, which, runs, say)
+    left = mine.by_first(lambda: run.left(config, dataset, epochs) if resume else "nothing")
+    if left == "finished":
         say(f"{config.name}: {run.folder} is trained already")
         return restore(runs, config.name, which)[1]
-    fitted = fit(
-        config, len(dataset.catalogue), sequences, validation, run.folder,
-        features=features, epochs=epochs, resume=kept, prepare=first,
-    )  # fmt: skip
+    features = features_of(dataset, sequences, config.model.metadata, config.model.hidden_units)
+    published = None if cold or left == "unfinished" else _warm(config, dataset, which, runs, say)
+    first = None if published is None else lambda encoder: say(published.give(encoder, dataset.catalogue))
+    # Before `start`: what cannot begin replaces no run.
+    ready = prepare(config, len(dataset.catalogue), sequences, validation, features=features, first=first)
+    origin, keep = None if published is None else published.manifest.version, left == "unfinished"
+    mine.by_first(lambda: run.start(config, dataset, epochs, origin, keep=keep))
+    fitted = ready.fit(run.folder, epochs=epochs, resume=keep)
     mine.by_first(lambda: run.save_fit(fitted, dataset.info().fingerprint))
     return fitted
 
 
-def _warm(config: RunConfig, dataset: Dataset, which: Fit, say: Say) -> Published | None:
+def _warm(config: RunConfig, dataset: Dataset, which: Fit, runs: Path, say: Say) -> Published | None:
     """The published model that gives the network its first weights; None where these are random.
 
-    A published model has most likely seen the events that a split holds out: its validation would be a memory.
+    A published model has most likely seen the events that a split holds out: its validation would be a memory. A fit
+    on everything starts from the bundle from which the split of the same settings did.
     """
     if config.training.init_from is None:
         return None
-    published = Published.load(Path(config.training.init_from), config.name)
+    split = Run.of(runs, config.name, "split")
+    version = split.first() if which == "all" and split.had_settings(config) else None
+    published = Published.load(Path(config.training.init_from), config.name, version)
+    published.check(config.model)
     if which == "split" and published.saw(dataset, split_of(dataset, config.evaluation)):
         say(f"{config.name}: {published.manifest.version} knows held-out events; the split is trained from the start")
         return None
     return published
 
 
-def _chosen_epochs(config: RunConfig, which: Fit, runs: Path) -> int | None:
-    """For a fit on everything, the epochs that validation chose in the split fit, where there is one."""
+def _chosen_epochs(config: RunConfig, which: Fit, runs: Path, say: Say) -> int | None:
+    """For a fit on everything, the epochs that validation chose in a split fit of the same settings."""
     split = Run.of(runs, config.name, "split")
-    return int(split.read("fit.json", "train")["epochs"]) if which == "all" and split.is_fitted() else None
+    if which != "all" or not split.is_fitted():
+        return None
+    if not split.had_settings(config):
+        say(f"{config.name}: {split.folder} had other settings; training {config.training.epochs} epochs, as is set")
+        return None
+    chosen = int(split.read("fit.json", "train")["epochs"])
+    say(f"{config.name}: training {chosen} epochs, as validation chose in {split.folder}")
+    return chosen
 
 
 def _part(config: RunConfig, dataset: Dataset, which: Fit) -> tuple[Sequences, Cases | None]:
@@ -330,10 +406,11 @@ def evaluate(
     }
     top = max(TOP, *(k for config, _ in fitted.values() for k in config.evaluation.cutoffs))
     served = measure(dataset, split, bare, runs, top) if len(split.test) else {}
+    seen = "seen filtered" if dataset.policy.seen_types else "nothing filtered"
     found = {}
     for name, (config, model) in fitted.items():
         values: dict[str, Any] = {
-            "protocol": f"{split.protocol}, full ranking, seen filtered, split fit",
+            "protocol": f"{split.protocol}, full ranking, {seen}, split fit",
             "run": identity(config, dataset),
             "epochs": model.epochs,
             "validation_ndcg@10": model.best,
@@ -349,7 +426,7 @@ def evaluate(
             ranks = CaseRanks.of(split.test, served[name].free.ranks, values["protocol"])
             ranks.save(run.folder / RANKS["test"])
             known, cases = torch_ranks(model.encoder, config, split.validation)
-            chosen_by = CaseRanks.of(cases, known, f"{split.protocol} validation, full ranking, seen filtered, torch")
+            chosen_by = CaseRanks.of(cases, known, f"{split.protocol} validation, full ranking, {seen}, torch")
             chosen_by.save(run.folder / RANKS["validation"])
             write_report(run.folder, config, split, ranks.rank, values, against.metrics)
         run.write("metrics.json", values)
@@ -383,7 +460,7 @@ def run(
     for config in configs if resume else ():
         refit = Run.of(runs, config.name, "all")
         if not refit.resumes(config, dataset):
-            refit.refuse_unfinished(config)  # now, not after the split was trained anew
+            refit.refuse_other(config, dataset, None)  # now, not after the split was trained anew
     split = split_of(dataset, configs[0].evaluation)
     if not len(split.test):
         say("no user has enough events: nothing can be held out, the models are published without metrics")
@@ -426,7 +503,7 @@ def _refit(
     candidates = {}
     for name, (config, model) in fitted.items():
         say(f"{name}: training on all events, {model.epochs} epochs")
-        cold = _warm(config, dataset, "split", lambda _: None) is None
+        cold = Run.of(runs, name, "split").first() is None
         again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume, cold=cold, say=say)
         exported = export(again.encoder, config)
         candidates[name] = replace(measured[name], exported=exported, fit="all", epochs=again.epochs)

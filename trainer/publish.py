@@ -162,7 +162,7 @@ def check_gate(
     """
     popular = [b for name, b in baseline.items() if name.startswith("popular") and b]
     best_popular = max((b[GATE_METRIC] for b in popular), default=0.0)
-    live = _live_metrics(bundles, dataset, candidates)
+    rivals = _live_rivals(bundles, dataset, candidates)
     for name, candidate in candidates.items():
         score = candidate.metrics.get("bundle", {}).get(GATE_METRIC)
         if score is None:
@@ -172,21 +172,24 @@ def check_gate(
                 f"{name} reaches {GATE_METRIC} {score:.4f}, popularity {best_popular:.4f}: train longer, look at the "
                 f"data, or publish anyway with --force"
             )
-        allowed = live.get(name, 0.0) * (1 - candidate.config.publish.max_loss)
-        if score < allowed:
+        rival, reached = rivals.get(name, ("", 0.0))
+        if score < reached * (1 - candidate.config.publish.max_loss):
             raise PublishRefusedError(
-                f"{name} reaches {GATE_METRIC} {score:.4f}, the live bundle {live[name]:.4f} on the same data; more "
+                f"{name} reaches {GATE_METRIC} {score:.4f}, the live {rival} {reached:.4f} on the same data; more "
                 f"than publish.max_loss={candidate.config.publish.max_loss} worse. Publish anyway with --force"
             )
+    named = sorted({rival for rival, _ in rivals.values()})
     return "gate passed: not below popularity; " + (
-        f"not below the live {', '.join(sorted(live))}"
-        if live
-        else "no live model was measured on this data with this split"
+        f"not below the live {', '.join(named)}" if named else "no live model was measured on this data with this split"
     )
 
 
-def _live_metrics(bundles: Path, dataset: Dataset, candidates: Mapping[str, Candidate]) -> dict[str, float]:
-    """The gate's metric of each live model that was measured like its candidate: same data, same protocol."""
+def _live_rivals(bundles: Path, dataset: Dataset, candidates: Mapping[str, Candidate]) -> dict[str, tuple[str, float]]:
+    """Candidate -> the live model whose place it takes, and the gate's metric of that.
+
+    That is its namesake; but the first candidate, which answers where no model is named, takes the place of the live
+    bundle's default model where that falls out. Only figures of the same data and protocol count.
+    """
     try:
         version = current_version(bundles)
         manifest = None if version is None else read_manifest(bundles / version)
@@ -194,13 +197,15 @@ def _live_metrics(bundles: Path, dataset: Dataset, candidates: Mapping[str, Cand
         return {}  # an unreadable live bundle is no reason to keep a good one out
     if manifest is None or manifest.data.fingerprint != dataset.info().fingerprint:
         return {}
-    alike = {
-        name: info.metrics
-        for name, info in manifest.models.items()
-        if name in candidates and info.metrics.get("protocol") == candidates[name].metrics.get("protocol")
-    }
-    found = {name: measured.get("bundle", {}).get(GATE_METRIC) for name, measured in alike.items()}
-    return {name: score for name, score in found.items() if score is not None}
+    found = {}
+    for place, (name, candidate) in enumerate(candidates.items()):
+        falls_out = not place and manifest.default_model not in candidates
+        rival = manifest.default_model if falls_out else name
+        measured = manifest.models[rival].metrics if rival in manifest.models else {}
+        score = measured.get("bundle", {}).get(GATE_METRIC)
+        if score is not None and measured.get("protocol") == candidate.metrics.get("protocol"):
+            found[name] = (rival, float(score))
+    return found
 
 
 def publish(

@@ -223,12 +223,16 @@ class SequenceModel(pl.LightningModule):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} in epoch {self.current_epoch}: try a smaller training.lr "
-                f"(now {self.config.training.lr}); the last good weights are in {self.trainer.default_root_dir}"
+                f"(now {self.config.training.lr}); {self._good_weights()}"
             )
         # Taken together here, in every step: a progress bar asks for it in the first process alone.
         mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self._tell_loss(mean, len(inputs))
         return loss
+
+    def _good_weights(self) -> str:
+        last = Path(self.trainer.default_root_dir, LAST)
+        return f"the last good weights are in {last.parent}" if last.is_file() else "no epoch was over"
 
     def _tell_loss(self, mean: Tensor, rows: int) -> None:
         """A step's loss for the mean of the epoch; with the first one what an earlier part of the epoch had."""
@@ -340,6 +344,89 @@ class Fitted:
     checkpoint: Path
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A training with all that it needs. Nothing was written yet: what cannot begin replaces no other."""
+
+    config: RunConfig
+    data: Batches
+    model: SequenceModel
+
+    def fit(self, folder: Path, *, epochs: int | None = None, resume: bool = False) -> Fitted:
+        """Train; with validation keep the best epoch and stop early, without it train `epochs` and keep the one with
+        the lowest training loss.
+
+        `folder` gets checkpoints, TensorBoard files and `epochs.csv`. `resume` goes on from `last.ckpt` there. Several
+        processes that `torchrun` has started train one model together; the first of them writes, and returns the
+        weights that count.
+        """
+        config, validation, mine = self.config, self.model.validation, self.model.mine
+        # Lightning's own `save_last` writes only when the best epoch changes; the newest state is to be kept always.
+        newest = _Checkpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        best = _best_checkpoint(config, folder, "train_loss" if validation is None else MONITOR)
+        board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+        board.log_hyperparams(_hparams(config), {f"best_{best.monitor}": 0.0})
+        last, here = folder / LAST, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        trainer = pl.Trainer(
+            default_root_dir=folder,
+            max_epochs=config.training.epochs if epochs is None else epochs,
+            accelerator=config.training.accelerator,
+            devices=here,
+            num_nodes=mine.size // here,
+            strategy="ddp" if mine.size > 1 else "auto",
+            use_distributed_sampler=False,  # the batches are divided already
+            logger=board,
+            callbacks=[
+                _EpochBatches(self.data),
+                TQDMProgressBar(refresh_rate=10),
+                EpochLog(folder / "epochs.csv"),
+                Interruption(last),
+                *([] if validation is None else [_stopping(config)]),
+                best,
+                newest,  # last, so that it holds what the others know of this epoch
+            ],
+            num_sanity_val_steps=0,
+            log_every_n_steps=10,
+            check_val_every_n_epoch=config.training.validate_every,
+            enable_model_summary=False,
+            gradient_clip_val=config.training.gradient_clip or None,
+        )
+        checkpoint = str(last) if resume and last.is_file() else None
+        ask = DataLoader([0], batch_size=1) if validation is not None else None  # type: ignore[arg-type,var-annotated]
+        # Its own generator: opening a loader must not move the one that dropout draws from.
+        rows = DataLoader(self.data, batch_size=None, generator=torch.Generator())
+        try:
+            trainer.fit(self.model, rows, ask, ckpt_path=checkpoint, weights_only=False)
+        except SystemExit:  # Lightning's answer to Ctrl+C and to SIGTERM
+            kept = f"the last whole epoch is in {last}" if last.is_file() else "its first epoch was not over"
+            raise InterruptedTrainingError(kept) from None
+        found = _best(self.model, trainer, best, last)
+        board.log_metrics({f"best_{best.monitor}": float(best.best_model_score or 0.0)}, trainer.global_step)
+        board.finalize("success")
+        return found
+
+
+def prepare(
+    config: RunConfig,
+    item_count: int,
+    sequences: Sequences,
+    validation: Cases | None,
+    *,
+    features: Features | None = None,
+    first: Callable[[Encoder], None] | None = None,
+) -> Prepared:
+    """Batches, and a network with its first weights, to which `first` may give others. Raises TrainingError."""
+    _quiet()
+    pl.seed_everything(config.training.seed, workers=True, verbose=False)
+    torch.set_num_threads(config.training.threads)
+    data = Batches(sequences, config, Share.mine())
+    model = SequenceModel(config, item_count, data, validation, features)
+    model.encoder.largest_time.fill_(data.largest_time)
+    if first is not None:
+        first(model.encoder)
+    return Prepared(config, data, model)
+
+
 def fit(
     config: RunConfig,
     item_count: int,
@@ -350,67 +437,10 @@ def fit(
     features: Features | None = None,
     epochs: int | None = None,
     resume: bool = False,
-    prepare: Callable[[Encoder], None] | None = None,
 ) -> Fitted:
-    """Train; with `validation` keep the best epoch and stop early, without it train `epochs` and keep the one with the
-    lowest training loss.
-
-    `folder` gets checkpoints, TensorBoard files and `epochs.csv`. `resume` goes on from `last.ckpt` there. `prepare`
-    may give the network other first weights. Several processes that `torchrun` has started train one model together;
-    the first of them writes, and returns the weights that count.
-    """
-    _quiet()
-    pl.seed_everything(config.training.seed, workers=True, verbose=False)
-    torch.set_num_threads(config.training.threads)
-    mine = Share.mine()
-    data = Batches(sequences, config, mine)
-    model = SequenceModel(config, item_count, data, validation, features)
-    model.encoder.largest_time.fill_(data.largest_time)
-    if prepare is not None:
-        prepare(model.encoder)
-    # Lightning's own `save_last` writes only when the best epoch changes; the newest state is to be kept each epoch.
-    newest = _Checkpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    best = _best_checkpoint(config, folder, "train_loss" if validation is None else MONITOR)
-    board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
-    board.log_hyperparams(_hparams(config), {f"best_{best.monitor}": 0.0})
-    last, here = folder / LAST, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    trainer = pl.Trainer(
-        default_root_dir=folder,
-        max_epochs=config.training.epochs if epochs is None else epochs,
-        accelerator=config.training.accelerator,
-        devices=here,
-        num_nodes=mine.size // here,
-        strategy="ddp" if mine.size > 1 else "auto",
-        use_distributed_sampler=False,  # the batches are divided already
-        logger=board,
-        callbacks=[
-            _EpochBatches(data),
-            TQDMProgressBar(refresh_rate=10),
-            EpochLog(folder / "epochs.csv"),
-            Interruption(last),
-            *([] if validation is None else [_stopping(config)]),
-            best,
-            newest,  # last, so that it holds what the others know of this epoch
-        ],
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-        check_val_every_n_epoch=config.training.validate_every,
-        enable_model_summary=False,
-        gradient_clip_val=config.training.gradient_clip or None,
-    )
-    checkpoint = str(last) if resume and last.is_file() else None
-    ask = DataLoader([0], batch_size=1) if validation is not None else None  # type: ignore[arg-type,var-annotated]
-    # Its own generator: opening a loader must not move the one that dropout draws from.
-    rows = DataLoader(data, batch_size=None, generator=torch.Generator())
-    try:
-        trainer.fit(model, rows, ask, ckpt_path=checkpoint, weights_only=False)
-    except SystemExit:  # Lightning's answer to Ctrl+C and to SIGTERM
-        kept = f"the last whole epoch is in {last}" if last.is_file() else "its first epoch was not over"
-        raise InterruptedTrainingError(f"interrupted; go on with --resume ({kept})") from None
-    found = _best(model, trainer, best, last)
-    board.log_metrics({f"best_{best.monitor}": float(best.best_model_score or 0.0)}, trainer.global_step)
-    board.finalize("success")
-    return found
+    """`prepare`, and train."""
+    ready = prepare(config, item_count, sequences, validation, features=features)
+    return ready.fit(folder, epochs=epochs, resume=resume)
 
 
 def _best(model: SequenceModel, trainer: pl.Trainer, saver: ModelCheckpoint, last: Path) -> Fitted:
@@ -460,14 +490,21 @@ class _Checkpoint(ModelCheckpoint):
     """Knows its best epoch again when the folder was moved: Lightning keeps whole paths, and forgets it otherwise."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What an earlier training kept, with its files where they lie now."""
+        """What an earlier training kept, with its files where they lie now.
+
+        A best epoch's file may be gone: a better one took its place, and a kill came before that was written down here.
+        That epoch is trained again, and is the best then, whatever the rounding.
+        """
 
         def here(path: str) -> str:
-            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+            file = Path(str(self.dirpath), Path(path).name)
+            return str(file) if path and file.is_file() else ""
 
         paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+        best = {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)}
+        score = state_dict["best_model_score"] if best else None
+        found = {**paths, "best_k_models": best, "best_model_score": score, "dirpath": self.dirpath}
+        super().load_state_dict({**state_dict, **found})
 
 
 def _best_checkpoint(config: RunConfig, folder: Path, monitor: str) -> ModelCheckpoint:
@@ -482,9 +519,22 @@ def _best_checkpoint(config: RunConfig, folder: Path, monitor: str) -> ModelChec
     )
 
 
+class _Patience(EarlyStopping):
+    """After a resume it is what is set now, and where none is left the training is over, as it would have been."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """How long there was nothing better."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning does not keep that a training was to stop."""
+        del pl_module
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+
+
 def _stopping(config: RunConfig) -> EarlyStopping:
     checks = max(1, config.training.patience // config.training.validate_every)
-    return EarlyStopping(MONITOR, mode="max", patience=checks, min_delta=1e-5)
+    return _Patience(MONITOR, mode="max", patience=checks, min_delta=1e-5)
 
 
 def _quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,10 +14,17 @@ from shared.catalogue import Catalogue
 from shared.events import IntArray
 from shared.times import parse
 from shared.tower import TOWER_SPEC, TowerSpec
+from trainer.config import ModelConfig
 from trainer.dataset import Dataset, Split
 from trainer.errors import TrainerError
 from trainer.export import Weights
 from trainer.transformer import Encoder
+
+NETWORK: Final = (
+    "kind", "block", "positions", "position_bias", "time_bias", "hidden_units", "blocks", "heads", "feedforward",
+    "max_length",
+)  # fmt: skip
+"""Settings of the model that give its weights their meaning; item metadata may be other ones."""
 
 
 class WarmStartError(TrainerError):
@@ -34,9 +42,12 @@ class Published:
     metadata: TowerSpec | None = None  # what its item vectors are made of beside ids
 
     @classmethod
-    def load(cls, place: Path, name: str) -> Published:
-        """From a bundle, or the live one in a folder of bundles. Raises WarmStartError, BundleError."""
-        version = None if (place / MANIFEST).is_file() else current_version(place)
+    def load(cls, place: Path, name: str, version: str | None = None) -> Published:
+        """From a bundle, or the one of a `version`, or else the live one, in a folder of bundles.
+
+        Raises WarmStartError, BundleError.
+        """
+        version = None if (place / MANIFEST).is_file() else version or current_version(place)
         folder = place if version is None else place / version
         bundle = Bundle.load(folder)
         file = folder / "models" / name / WEIGHTS
@@ -47,6 +58,16 @@ class Published:
         spec = file.parent / TOWER_SPEC
         metadata = TowerSpec.model_validate_json(spec.read_text()) if spec.is_file() else None
         return cls(bundle.manifest, bundle.catalogue, name, weights, metadata)
+
+    def check(self, network: ModelConfig) -> None:
+        """Raise WarmStartError where its network is another one: weights of the same shape may mean something else."""
+        had, has = self.manifest.models[self.name].config["model"], network.model_dump(mode="json")
+        other = [f"model.{part}={had[part]} (now {has[part]})" for part in NETWORK if had.get(part) != has[part]]
+        if other:
+            raise WarmStartError(
+                f"{self.name} of {self.manifest.version} was trained with {', '.join(other)}: a warm start needs the "
+                "same network; unset training.init_from"
+            )
 
     def saw(self, dataset: Dataset, split: Split) -> bool:
         """Whether it may have been trained on what `split` holds out: then its validation would be worth nothing."""
