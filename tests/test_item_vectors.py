@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from tests.trained import START, config, dataset, raw
 from trainer.config import load_config
 from trainer.dataset import Dataset, DatasetError, build_dataset, load_dataset
 from trainer.sources import MissingFileError, UnreadableFileError, describe, load_source, parse_source
-from trainer.sources.vectors import ItemVectors, read_vectors, save_vectors, vectors_in
-from trainer.titles import TextError, text_vectors, texts_of, tfidf_vectors
+from trainer.sources.vectors import ItemVectors, read_vectors, save_vectors, vectors_in, vectors_of_column
+from trainer.titles import TextError, fields_with_text, text_vectors, texts_of, tfidf_vectors
 
 
 def written(folder: Path, text: str, name: str = "vectors.tsv") -> Path:
@@ -99,6 +100,48 @@ def test_a_broken_line_among_vectors_is_an_error_and_no_title(tmp_path: Path, br
 
 def test_a_line_without_a_title_holds_no_vector(tmp_path: Path) -> None:
     assert vectors_in(written(tmp_path, "item\ttitle\n1\n", "titles.tsv")) is None
+
+
+@pytest.mark.parametrize("line", ["0.5,1,-2", "[0.5, 1, -2]", '"0.5 1 -2"', "0.5; 1; -2", "(0.5 1 -2)", "0.5\t1\t-2"])
+def test_numbers_may_have_brackets_quotes_and_commas(tmp_path: Path, line: str) -> None:
+    file = written(tmp_path, f"item\tvector\na\t{line}\nb\t{line}\n", "titles.tsv")
+    for found in (read_vectors(file), vectors_in(file)):
+        assert found is not None
+        assert found.values.tolist() == [[0.5, 1, -2]] * 2
+
+
+def test_commas_within_numbers_are_no_separators(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFileError, match="not 2 finite numbers"):
+        read_vectors(written(tmp_path, "a\t0,12 -0,7\nb\t0,5 0,6\n"))
+
+
+def test_ids_are_those_of_events_and_items(tmp_path: Path) -> None:
+    """pandas writes whole numbers as 1.0 where a column has a gap; events then say 1."""
+    assert read_vectors(written(tmp_path, "1.0\t1 2\n20.0\t3 4\n")).item_ids == ("1", "20")
+    assert read_vectors(written(tmp_path, "1.0\t1 2\nx.0\t3 4\n")).item_ids == ("1.0", "x.0")
+    table = pl.DataFrame({"id": [1.0, 2.0], "v": [[1.0, 2.0], [3.0, 4.0]]})
+    assert vectors_of_column(table["id"], table["v"], "v").item_ids == ("1", "2")
+
+
+def test_a_parquet_file_of_vectors(tmp_path: Path) -> None:
+    table = pl.DataFrame({"item_id": ["a", "b"], "vector": [[1.0, 2.0], [3.0, 4.0]]})
+    table.write_parquet(tmp_path / "items.parquet")
+    found = read_vectors(tmp_path / "items.parquet")
+    assert (found.item_ids, found.values.tolist()) == (("a", "b"), [[1, 2], [3, 4]])
+    table.select("item_id").write_parquet(tmp_path / "ids.parquet")
+    with pytest.raises(UnreadableFileError, match="has the columns item_id: vectors want one of ids"):
+        read_vectors(tmp_path / "ids.parquet")
+
+
+@pytest.mark.parametrize("read", [read_vectors, vectors_in])
+def test_a_file_that_is_not_utf_8_says_what_to_do(tmp_path: Path, read: Callable[[Path], ItemVectors | None]) -> None:
+    file = tmp_path / "titles.tsv"
+    file.write_bytes("item\ttitle\n1\tAm\u00e9lie\n".encode("latin1"))
+    with pytest.raises(UnreadableFileError, match="save it as UTF-8"):
+        read(file)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 no table")
+    with pytest.raises(UnreadableFileError, match="cannot be read as parquet"):
+        read_vectors(tmp_path / "t.parquet")
 
 
 # --- sources ------------------------------------------------------------------------------------------
@@ -246,6 +289,10 @@ def test_tfidf_puts_like_texts_near_each_other() -> None:
     assert max(near["ac"], near["bd"]) < 0.1
     np.testing.assert_array_equal(text_vectors(films(), ["title", "genre"], "tfidf", 8).values, found.values)
     assert text_vectors(films(), ["title", "genre"], "tfidf", 2).values.shape == (4, 2)
+
+
+def test_fields_without_a_text_are_known() -> None:
+    assert fields_with_text(films(), ["title", "genre", "director"]) == ["title", "genre"]
 
 
 def test_without_texts_there_are_no_vectors() -> None:

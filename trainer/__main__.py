@@ -37,7 +37,7 @@ from trainer.sources import SOURCES, RawData, describe
 from trainer.sources.config import MinInteractions
 from trainer.sources.vectors import save_vectors
 from trainer.splits import split_of
-from trainer.titles import TFIDF, text_vectors
+from trainer.titles import TFIDF, fields_with_text, text_vectors
 
 # Commands that train import pipeline, train, export and the like by themselves: torch and Lightning take seconds, for
 # which nobody should wait who looks at data, asks for help or mistypes a preset.
@@ -386,9 +386,12 @@ def vectors(
     width: Annotated[int, typer.Option(min=2, help="Numbers a vector, with tfidf.")] = 64,
 ) -> None:
     """Vectors of what is written about the items, for `model.metadata.fields=[title]`."""
-    found = text_vectors(dataset_of(configs_of(presets)[0]), text.split(","), model, width)
+    fields, dataset = [field.strip() for field in text.split(",")], dataset_of(configs_of(presets)[0])
+    found, used = text_vectors(dataset, fields, model, width), fields_with_text(dataset, fields)
+    for field in sorted(set(fields) - set(used)):
+        say(f"note: no item has a text in {field}")
     save_vectors(out, found)
-    say(f"{out}: {len(found.item_ids):,} vectors of width {found.values.shape[1]} by {model} from {text}")
+    say(f"{out}: {len(found.item_ids):,} vectors of width {found.values.shape[1]} by {model} from {', '.join(used)}")
 
 
 @app.command()

@@ -72,6 +72,9 @@ def features_of(dataset: Dataset, sequences: Sequences, config: MetadataConfig, 
             vectors[field] = dataset.vectors[field].shape[1]
         elif spec := _category_spec(dataset, field, trained, config):
             categories[field] = spec
+        elif field == "title" and any(item.title for item in dataset.catalogue.items):
+            log.warning("metadata: titles are words here; `python -m trainer vectors` makes vectors of them, for "
+                        "data.vectors.title; the field is switched off")  # fmt: skip
         else:
             log.warning("metadata: no item that is trained on has %s worth reading; the field is switched off", field)
     if not categories and not vectors:

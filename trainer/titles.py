@@ -41,6 +41,14 @@ def text_vectors(dataset: Dataset, fields: Sequence[str], model: str, width: int
     return ItemVectors(item_ids, values)
 
 
+def fields_with_text(dataset: Dataset, fields: Sequence[str]) -> list[str]:
+    """Those of the fields in which any item has a text."""
+    items = dataset.catalogue.items
+    there = {field_of(c) for named in items.category_sets for c in named if ":" in c}
+    there |= {TITLE} if any(item.title for item in items) else set()
+    return [field for field in fields if field in there]
+
+
 def texts_of(dataset: Dataset, fields: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
     """Ids and texts of the items that have one: the fields in the order given, with blanks between."""
     found = {}

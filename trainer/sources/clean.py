@@ -11,17 +11,16 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from shared.events import EVENT_TYPE_PATTERN, ID_PATTERN
+from shared.events import EVENT_TYPE_PATTERN
 from trainer.sources.config import TimeUnit
 from trainer.sources.errors import EmptySourceError, InvalidSourceError, TooManyBadRowsError
+from trainer.sources.ids import id_text
 from trainer.sources.report import BELOW_MINIMUM, EVENTS_SCHEMA, ITEMS_SCHEMA, BadRows, TableReport
 from trainer.sources.tables import Table
 from trainer.sources.times import FIRST_YEAR, LAST_YEAR, UNIT_NAMES, read_times, year_start
 
 EXAMPLES = 5  # rows shown for each reason
 LONGEST_EXAMPLE = 100  # characters of a value that are shown
-EXACT_FLOAT = 2**53  # whole numbers from here on are not exact in a float
-WHOLE_NUMBER = r"^-?\d+(\.0+)?$"
 CATEGORY = "category:"  # role of a column of categories: "category:genre"; with no field, values are "field:value"
 TRUE_TEXTS, FALSE_TEXTS = ("true", "1", "yes"), ("false", "0", "no")
 
@@ -67,7 +66,7 @@ def clean_events(
         before = frame.height
         frame = frame.filter(kept.fill_null(value=True))
         left_out["the keep column is false"] = before - frame.height
-    frame = frame.with_columns(user_id=_id_text(frame, "user"), item_id=_id_text(frame, "item"))
+    frame = frame.with_columns(user_id=id_text(frame, "user"), item_id=id_text(frame, "item"))
     rules += [*_id_rules("user", "user_id"), *_id_rules("item", "item_id")]
     frame, time_rules, time_notes = _with_time(frame, "time", "timestamp", unit, assume_utc=assume_utc)
     rules += [Rule("no time", "time", pl.col("time").is_null()), *time_rules] if time_rules else []
@@ -110,7 +109,7 @@ def clean_items(
     but with `several_rows` each is kept: for tables that give one category a row.
     """
     _check_flat(table)
-    frame = table.frame.with_columns(item_id=_id_text(table.frame, "id"))
+    frame = table.frame.with_columns(item_id=id_text(table.frame, "id"))
     rules, notes = _id_rules("id", "item_id", "item"), []
     for role, target in (("available_from", "starts"), ("available_until", "ends")):
         frame, time_rules, time_notes = _with_time(frame, role, target, unit, assume_utc=assume_utc)
@@ -229,28 +228,6 @@ def _check_flat(table: Table) -> None:
         inner = dtype.inner if isinstance(dtype, pl.List) and column.startswith(CATEGORY) else dtype
         if isinstance(inner, pl.DataType) and (inner.is_nested() or inner == pl.Binary):
             raise InvalidSourceError(f"{table.name}: the column mapped to {column} holds {dtype}; map a plain column")
-
-
-def _id_text(frame: pl.DataFrame, column: str) -> pl.Expr:
-    """Ids as text, null where the value cannot be an id. A number is its plain whole number: 42, not 42.0."""
-    dtype, raw = frame.schema[column], pl.col(column)
-    text = raw.cast(pl.String, strict=False)
-    if dtype.is_integer():
-        return text
-    if dtype.is_float():
-        exact = (raw == raw.floor()) & (raw.abs() < EXACT_FLOAT)
-        text = pl.when(exact).then(raw.cast(pl.Int64, strict=False)).cast(pl.String)
-    elif dtype == pl.String:
-        text = text.str.strip_chars()
-        if _floats_as_text(frame[column]):
-            text = text.str.replace(r"\.0+$", "")
-    return pl.when(text.str.contains(ID_PATTERN) & ~text.is_in([".", ".."])).then(text)
-
-
-def _floats_as_text(column: pl.Series) -> bool:
-    """True if a text column holds whole numbers alone and some as 42.0, as pandas writes a column with a gap."""
-    values = column.drop_nulls()
-    return bool(values.str.ends_with(".0").any() and values.str.contains(WHOLE_NUMBER).all())
 
 
 def _id_rules(column: str, target: str, noun: str | None = None) -> list[Rule]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,10 +65,17 @@ def read_table(path: Path, columns: Mapping[str, str], *, what: str, file_format
             f"{what} {path}: the suffix {path.suffix!r} names no format; rename the file to one of "
             f"{', '.join(FORMATS)} or set its format (csv, tsv or parquet) in data.source"
         )
-    try:
+    with reading(path, chosen):
         return _read_parquet(path, columns) if chosen == "parquet" else _read_text(path, columns, SEPARATORS[chosen])
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Turns what libraries say of a broken file into UnreadableFileError, with a remedy."""
+    try:
+        yield
     except (PolarsError, PanicException, OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UnreadableFileError(f"{path} cannot be read as {chosen}: {_first_line(error)}{_advice(error)}") from error
+        raise UnreadableFileError(f"{path} cannot be read as {kind}: {_first_line(error)}{_advice(error)}") from error
 
 
 def header_of(path: Path, separator: str) -> list[str]:

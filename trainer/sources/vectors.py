@@ -4,7 +4,8 @@
     318	0.12 -0.70 0.03
     2571	0.44 0.01 -0.25
 
-The header is optional and every line has as many numbers as the first. A column of a Parquet file may hold lists.
+The header is optional and every line has as many numbers as the first. Brackets, quotes and commas between the numbers
+are read over. A Parquet file holds a column of ids, and one of lists, as `export embeddings` writes it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from trainer.sources.errors import MissingFileError, UnreadableFileError
+from trainer.sources.ids import id_text
+from trainer.sources.tables import reading
 
 NUMBERS = pl.List(pl.Float32())
 
@@ -43,11 +46,25 @@ def read_vectors(path: Path) -> ItemVectors:
     """A file of vectors. Raises MissingFileError, or UnreadableFileError that names the line."""
     if not path.is_file():
         raise MissingFileError(path, "vector file")
+    if path.suffix.lower() == ".parquet":
+        return _of_parquet(path)
     table = _lines(path)
     found = _as_vectors(table["item"], table["value"].str.split(" "), path.name, table["line"])
     if found is None:
         raise UnreadableFileError(f"{path} holds no vectors: each line is an item id, a tab, and numbers with blanks")
     return found
+
+
+def _of_parquet(path: Path) -> ItemVectors:
+    with reading(path, "parquet"):
+        table = pl.read_parquet(path, glob=False)
+    lists = [name for name, dtype in table.schema.items() if isinstance(dtype, pl.List | pl.Array)]
+    plain = [name for name, dtype in table.schema.items() if not dtype.is_nested()]
+    if len(lists) != 1 or len(plain) != 1:
+        raise UnreadableFileError(
+            f"{path} has the columns {', '.join(table.columns)}: vectors want one of ids and one of lists of numbers"
+        )
+    return vectors_of_column(table[plain[0]], table[lists[0]], path.name)
 
 
 def vectors_in(path: Path) -> ItemVectors | None:
@@ -71,7 +88,7 @@ def vectors_of_column(item_ids: pl.Series, column: pl.Series, what: str) -> Item
     lists = column if isinstance(column.dtype, pl.List | pl.Array) else column.cast(pl.String).str.split(" ")
     there = lists.is_not_null() & item_ids.is_not_null()
     line = pl.int_range(1, len(lists) + 1, eager=True)
-    found = _as_vectors(item_ids.cast(pl.String).filter(there), lists.filter(there), what, line.filter(there))
+    found = _as_vectors(_ids(item_ids).filter(there), lists.filter(there), what, line.filter(there))
     if found is None:
         raise UnreadableFileError(f"{what} holds no vectors: map a column of lists of numbers")
     return found
@@ -91,21 +108,28 @@ def _written(vectors: ItemVectors) -> Iterator[str]:
 
 
 def _lines(path: Path) -> pl.DataFrame:
-    """line i64, item str, value str (blanks single), of every line that has both; a header is left out."""
+    """line i64, item str, value str (single blanks between), of every line that has both; a header is left out."""
     cells = pl.col("text").str.splitn("\t", 2)
-    table = (
-        pl.scan_lines(path, name="text", row_index_name="line", row_index_offset=1, glob=False)
-        .with_columns(
-            pl.col("line").cast(pl.Int64),
-            item=cells.struct[0].str.strip_chars("﻿ "),
-            value=cells.struct[1].str.strip_chars().str.replace_all(r"\s+", " "),
+    bare = cells.struct[1].str.strip_chars(" \t\r\n\"'[]()").str.replace_all(r"\s*[,;]?\s+", " ")
+    # Commas alone divide numbers, too; beside blanks they may be part of them: 0,12 -0,7
+    alone = pl.when(bare.str.contains(" ")).then(bare).otherwise(bare.str.replace_all("[,;]", " "))
+    with reading(path, "text"):
+        table = (
+            pl.scan_lines(path, name="text", row_index_name="line", row_index_offset=1, glob=False)
+            .with_columns(pl.col("line").cast(pl.Int64), item=cells.struct[0].str.strip_chars("\ufeff "), value=alone)
+            .filter(pl.col("text").str.strip_chars().str.len_bytes() > 0)
+            .select("line", "item", "value")
+            .collect()
         )
-        .filter(pl.col("text").str.strip_chars().str.len_bytes() > 0)
-        .select("line", "item", "value")
-        .collect()
-    )
     header = table.height > 0 and not _is_number((table["value"][0] or "").partition(" ")[0])
-    return table.slice(1) if header else table
+    table = table.slice(1) if header else table
+    return table.with_columns(_ids(table["item"]).alias("item"))
+
+
+def _ids(column: pl.Series) -> pl.Series:
+    """Ids as events and items have them: 42, where pandas wrote 42.0."""
+    frame = column.to_frame("item")
+    return frame.select(pl.coalesce(id_text(frame, "item"), pl.col("item").cast(pl.String)))["item"]
 
 
 def _is_number(text: str) -> bool:
