@@ -165,12 +165,14 @@ def _catalogue(
     A release year is coarse and often wrong; an event proves that the item was there. Of an item without date and
     event nobody knows when it began: it exists from the end of the data on, so that it is in nobody's future.
     """
-    clocked = events.filter(pl.col("timestamp") >= UNDATED) if policy == "first_event" else events.clear()
+    clocked = events.select("item_id", "timestamp")  # the others would be copied, of every event
+    clocked = clocked.filter(pl.col("timestamp") >= UNDATED) if policy == "first_event" else clocked.clear()
     first = events.select("item_id").unique().join(
         clocked.group_by("item_id").agg(first=pl.col("timestamp").min()), on="item_id", how="left"
     )  # fmt: skip
     rows = items.join(first.with_columns(used=pl.lit(value=True)), on="item_id", how="full", coalesce=True)
-    dated = clocked.join(items.select("item_id", "available_from"), on="item_id", how="left")
+    with_date = items.select("item_id", "available_from").drop_nulls()
+    dated = clocked.join(with_date, on="item_id", how="inner")
     tally = {"declared": 0, "from_first_event": 0, "always": 0, "from_data_end": 0, "contradicted": 0, "never": 0}
     end = int(clocked["timestamp"].max()) if len(clocked) else BEGINNING  # type: ignore[arg-type]
     numbered, declared_by_id = [], {}

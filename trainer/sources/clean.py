@@ -187,7 +187,9 @@ def _apply(
     frame = frame.with_columns(reason=reason)
     broken = frame.filter(pl.col("reason").is_not_null()).select("row", "reason", detail=detail)
     problems = pl.concat([table.problems, broken.cast(table.problems.schema)]).sort("row")
-    good = frame.filter(pl.col("reason").is_null()).drop("reason")
+    good = frame.drop("reason")
+    if broken.height:  # not always: it copies every column of every row
+        good = good.filter(frame["reason"].is_null())
     counts = {reason: count for reason, count in left_out.items() if count}
     report = TableReport(table.name, table.rows_read, good.height, _bad_rows(table, problems), counts)
     _check_share(report, max_bad_rows)
