@@ -110,9 +110,15 @@ def test_numbers_may_have_brackets_quotes_and_commas(tmp_path: Path, line: str) 
         assert found.values.tolist() == [[0.5, 1, -2]] * 2
 
 
-def test_commas_within_numbers_are_no_separators(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["0,12 -0,7", "0,12;-0,7", "0,12; -0,7"])
+def test_commas_within_numbers_are_no_separators(tmp_path: Path, line: str) -> None:
     with pytest.raises(UnreadableFileError, match="not 2 finite numbers"):
-        read_vectors(written(tmp_path, "a\t0,12 -0,7\nb\t0,5 0,6\n"))
+        read_vectors(written(tmp_path, f"a\t1 2\nb\t{line}\n"))
+
+
+def test_ids_may_stand_in_quotes_as_numbers_may(tmp_path: Path) -> None:
+    found = read_vectors(written(tmp_path, '"item"\t"vector"\n"318"\t"1 2"\n"x"\t"3 4"\n'))
+    assert found.item_ids == ("318", "x")
 
 
 def test_ids_are_those_of_events_and_items(tmp_path: Path) -> None:

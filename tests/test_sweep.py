@@ -73,6 +73,10 @@ def test_a_combination_that_cannot_be_trained_ends_no_sweep(tmp_path: Path) -> N
     assert (good.overrides, bad.overrides) == (("model.hidden_units=32",), ("model.hidden_units=16",))
     assert good.score is not None
     assert "model.hidden_units=32 (now 16)" in bad.note
+    words = [f"training.init_from={tmp_path / 'gone'},{found.bundle.path}", "model.hidden_units=32"]
+    good, bad = sweep(small(tmp_path), words, dataset(cyclic_events(users=20)), tmp_path / "other", None, print)
+    assert good.score is not None
+    assert "gone" in bad.note
 
 
 def test_a_wider_sweep_takes_over_what_was_trained_and_loses_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -209,8 +209,11 @@ def test_a_finished_training_is_not_thrown_away_by_a_resume_with_other_settings(
 ) -> None:
     data, folder = dataset(cyclic_events(users=20)), tmp_path / "sasrec" / "split"
     pipeline.train(config(training={"epochs": 2}), data, "split", tmp_path)
-    with unchanged(folder), pytest.raises(ConfigError, match=r"a finished training, with .* Leave out --resume"):
+    said = r"a finished training, with .* Leave out --resume"
+    with unchanged(folder), pytest.raises(ConfigError, match=said):
         pipeline.train(config(training=other), data, "split", tmp_path, resume=True)
+    with unchanged(folder), pytest.raises(ConfigError, match=said):
+        pipeline.train(config(training={"epochs": 2}), data, "split", tmp_path, epochs=1, resume=True)
     # Of other data it gives way, every night; and without --resume.
     newer = dataset(cyclic_events(users=21))
     assert pipeline.train(config(training={**other, "epochs": 1}), newer, "split", tmp_path, resume=True).epochs == 1
@@ -237,6 +240,41 @@ def test_a_finished_training_goes_on_for_more_epochs(
     assert seen == [0, 1, 2, 3]
     assert (resumed.epochs, resumed.best) == (whole.epochs, whole.best)
     assert weights(resumed.encoder) == weights(whole.encoder)
+
+
+def test_a_longer_training_that_fails_at_once_leaves_the_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, settings = dataset(cyclic_events(users=20)), config(training={"epochs": 1})
+    pipeline.train(settings, data, "split", tmp_path)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    longer = config(training={"epochs": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceModel, "training_step", fail)
+        with pytest.raises(MemoryError):
+            pipeline.train(longer, data, "split", tmp_path, resume=True)
+    assert pipeline.restore(tmp_path, "sasrec", "split")[1].epochs == 1
+    assert pipeline.train(longer, data, "split", tmp_path, resume=True).checkpoint.is_file()
+
+
+def test_another_file_of_the_same_data_is_no_other_training(tmp_path: Path) -> None:
+    """Some name it by its date; and on some days nothing happens."""
+    data, said = dataset(cyclic_events(users=20)), list[str]()
+    pipeline.train(config(training={"epochs": 1}), data, "split", tmp_path)
+    source = {"kind": "files", "events": "events-2.csv", "columns": {"user": "u", "item": "i"}}
+    today = config(training={"epochs": 1}, data={"source": source})
+    last = (tmp_path / "sasrec/split/last.ckpt").stat().st_mtime_ns
+    pipeline.train(today, data, "split", tmp_path, resume=True)
+    assert (tmp_path / "sasrec/split/last.ckpt").stat().st_mtime_ns == last
+    pipeline.train(today, data, "all", tmp_path, say=said.append)
+    assert said[0].startswith("sasrec: training 1 epochs, as validation chose in ")
+
+
+def test_the_patience_of_a_training_is_known_to_whatever_version_goes_on_with_it() -> None:
+    assert module._stopping(config()).state_key == EarlyStopping(module.MONITOR, mode="max").state_key
 
 
 def test_what_patience_ended_goes_on_with_more_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

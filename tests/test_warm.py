@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -93,20 +94,52 @@ def test_a_warm_start_that_cannot_be_replaces_no_run(tmp_path: Path) -> None:
 def test_a_refit_starts_as_its_split_did_whatever_is_live_by_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, said = world("sasrec"), list[str]()
-    shelf = tmp_path / "bundles"
-    seal = shelf / found.bundle.version
-    shutil.copytree(found.bundle.path, seal)
-    point_current(shelf, found.bundle.version)
+    found, shelf, runs, said = world("sasrec"), tmp_path / "bundles", tmp_path / "runs", list[str]()
+    version = found.bundle.version
+    shutil.copytree(found.bundle.path, shelf / version)
+    point_current(shelf, version)
     warm = settings(shelf)
     monkeypatch.setattr(Published, "saw", lambda *_: False)
-    pipeline.train(warm, found.dataset, "split", tmp_path / "runs")
+    pipeline.train(warm, found.dataset, "split", runs)
     monkeypatch.setattr(Published, "saw", lambda *_: True)  # by now another bundle is live, which knows all answers
+    shutil.copytree(found.bundle.path, shelf / "another")
     point_current(shelf, "another")
-    pipeline.run([warm], found.dataset, tmp_path / "runs", tmp_path / "out", said.append, force=True, resume=True)
-    fitted = pipeline.restore(tmp_path / "runs", "sasrec", "all")[1]
+    pipeline.run([warm], found.dataset, runs, tmp_path / "out", said.append, force=True, resume=True)
+    refit = pipeline.Run.of(runs, "sasrec", "all")
+    assert refit.first() == version
+    fitted = pipeline.restore(runs, "sasrec", "all")[1]
     assert float((fitted.encoder.vectors - found.fitted.encoder.vectors).abs().max().detach()) < 1e-3
     assert not [line for line in said if "trained from the start" in line]
+    # Where no split of these data started from it, a fit on everything starts from the live one.
+    pipeline.train(warm, dataset([*cyclic_events(), ("x", "1", START)]), "all", runs, epochs=1)
+    assert refit.first() == version  # as the other one's manifest says, too: its folder was copied
+    shutil.rmtree(shelf / version)
+    pipeline.train(warm, dataset([*cyclic_events(), ("y", "1", START)]), "all", runs, epochs=1)
+    with unchanged(runs), pytest.raises(TrainingError, match=f"{version}, from which .* started, is no longer in"):
+        pipeline.train(warm, found.dataset, "all", runs, epochs=1)
+
+
+@pytest.mark.slow
+def test_a_run_of_an_older_version_does_not_say_how_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = world("sasrec")
+    warm = settings(found.bundle.path)
+    monkeypatch.setattr(Published, "saw", lambda *_: False)
+    pipeline.train(warm, found.dataset, "split", tmp_path)
+    file = tmp_path / "sasrec" / "split" / "started.json"
+    file.write_text(json.dumps({name: v for name, v in json.loads(file.read_text()).items() if name != "first"}))
+    pipeline.run([warm], found.dataset, tmp_path, tmp_path / "out", print, force=True, resume=True)
+    assert pipeline.Run.of(tmp_path, "sasrec", "all").first() == found.bundle.version
+
+
+def test_a_bundle_from_before_a_setting_has_its_default() -> None:
+    found = published()
+    info = found.manifest.models["sasrec"]
+    older = {part: value for part, value in info.config["model"].items() if part != "time_bias"}
+    models = {"sasrec": info.model_copy(update={"config": {"model": older}})}
+    bare = replace(found, manifest=found.manifest.model_copy(update={"models": models}))
+    bare.check(config("sasrec").model)
+    with pytest.raises(WarmStartError, match=r"time_bias=none \(now query\)"):
+        bare.check(config("sasrec", model={"time_bias": "query"}).model)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
@@ -177,6 +210,33 @@ def test_a_refit_that_cannot_be_resumed_is_said_before_the_split_is_trained(tmp_
         )
     assert (run.folder / "last.ckpt").exists()
     assert not (tmp_path / "sasrec" / "split").exists()
+
+
+def test_a_second_model_that_cannot_be_resumed_is_said_before_the_first_is_trained(tmp_path: Path) -> None:
+    found, run = world("sasrec"), pipeline.Run.of(tmp_path, "bert4rec", "split")
+    run.start(config("bert4rec", training={"epochs": 7}), found.dataset, None)
+    (run.folder / "last.ckpt").touch()
+    both = [config("sasrec", training={"epochs": 1}), config("bert4rec", training={"epochs": 1})]
+    with pytest.raises(ConfigError, match=r"bert4rec.*training\.epochs=7 \(now 1\)"):
+        pipeline.run(both, found.dataset, tmp_path, tmp_path / "b", print, resume=True)
+    assert not (tmp_path / "sasrec").exists()
+
+
+@pytest.mark.slow
+def test_a_refit_follows_from_its_split(tmp_path: Path) -> None:
+    """Trained with one setting, tuned on the split alone, and then the rest of it: no split is trained twice."""
+    found, said = world("sasrec"), list[str]()
+
+    def run(*, resume: bool, lr: float) -> None:
+        one = config("sasrec", training={"epochs": 1, "lr": lr})
+        pipeline.run([one], found.dataset, tmp_path, tmp_path / "b", said.append, force=True, resume=resume)
+
+    run(resume=False, lr=0.01)
+    pipeline.train(config("sasrec", training={"epochs": 1, "lr": 0.02}), found.dataset, "split", tmp_path)
+    said.clear()
+    run(resume=True, lr=0.02)
+    assert f"sasrec: {tmp_path / 'sasrec' / 'split'} is trained already" in said
+    assert pipeline.Run.of(tmp_path, "sasrec", "all").config().training.lr == 0.02
 
 
 @pytest.mark.slow

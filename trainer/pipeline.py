@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from omegaconf import OmegaConf
 
-from shared.bundle import WEIGHTS, Parity, sha256
+from shared.bundle import MANIFEST, WEIGHTS, Parity, sha256
 from shared.encoder import EncoderSpec
 from shared.events import IntArray
 from shared.popularity import Popularity
@@ -72,15 +72,15 @@ class Run:
         """`runs/<name>/<which>`."""
         return cls(runs / name / which)
 
-    def left(self, config: RunConfig, dataset: Dataset, epochs: int | None) -> Left:
+    def left(self, config: RunConfig, dataset: Dataset, epochs: int | None, *, derived: bool = False) -> Left:
         """What an earlier training left for one that is to go on with it.
 
         Weights belong to the item indices of their data, so that of other data nothing is left, once it is finished.
-        Raises ConfigError where a training that has other settings would be lost.
+        Raises ConfigError as `refuse_other` does.
         """
         started = self._started()
         if started is None or started["identity"] != identity(config, dataset) or started["epochs"] != epochs:
-            self.refuse_other(config, dataset, epochs)
+            self.refuse_other(config, dataset, epochs, derived=derived)
             return "unfinished" if self.is_fitted() and self._goes_on_to(config, dataset, epochs) else "nothing"
         if self.is_fitted():
             return "finished"
@@ -93,7 +93,7 @@ class Run:
             before = self.config()
         except ConfigError:
             return False
-        if not self._same_data(dataset) or self._changed(config).keys() - LONGER:
+        if not self._same_data(dataset) or _of_weights(self._changed(config)) - LONGER:
             return False
         had, now = before.training, config.training
         more = (epochs or now.epochs) >= (started["epochs"] or had.epochs) and now.patience >= had.patience
@@ -115,32 +115,47 @@ class Run:
         self._save_config(config)
         self.write("started.json", {"identity": identity(config, dataset), "epochs": epochs, "first": first})
 
-    def first(self) -> str | None:
-        """The bundle that gave the training its first weights; None where these were random."""
-        found: str | None = (self._started() or {}).get("first")
+    def first(self, unknown: str | None = None) -> str | None:
+        """The bundle that gave the training its first weights; None where these were random.
+
+        A folder that an older version made does not say: `unknown`.
+        """
+        found: str | None = (self._started() or {}).get("first", unknown)
         return found
+
+    def papers(self) -> dict[str, bytes]:
+        """What the folder says of its training."""
+        files = (self.folder / name for name in ("config.yaml", "started.json", "fit.json"))
+        return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+    def put_back(self, papers: Mapping[str, bytes]) -> None:
+        """Let the folder say again what `papers` found."""
+        for name, content in papers.items():
+            (self.folder / name).write_bytes(content)
 
     def resumes(self, config: RunConfig, dataset: Dataset) -> bool:
         """Whether what an earlier training left had the same settings and data."""
         return (self._started() or {}).get("identity") == identity(config, dataset)
 
-    def refuse_other(self, config: RunConfig, dataset: Dataset, epochs: int | None) -> None:
+    def refuse_other(
+        self, config: RunConfig, dataset: Dataset, epochs: int | None = None, *, derived: bool = False
+    ) -> None:
         """Raise ConfigError where a training, which had something else than `config`, would be lost to a resume.
 
         An unfinished one counts always. A finished one does where it is of the same data: one of new data takes its
-        place every night; and but for the number of `epochs`, which follows from another training.
+        place every night. It does not where it is `derived`, as a refit is: that follows from its split.
         """
         if not self.is_fitted() and (self.folder / LAST).is_file():
             raise ConfigError(
                 f"{self.folder} holds an unfinished training, with {self._otherwise(config)}. Resume it with what it "
                 "had, take another folder (--runs), or delete this one"
             )
-        if not self.is_fitted() or not self._same_data(dataset) or self._goes_on_to(config, dataset, epochs):
+        if derived or not self.is_fitted() or not self._same_data(dataset):
             return
-        if epochs is None or self._changed(config).keys() - LONGER:
+        if not self._goes_on_to(config, dataset, epochs):
             raise ConfigError(
                 f"{self.folder} holds a finished training, with {self._otherwise(config)}. Leave out --resume to train "
-                "anew in its place, or take another folder (--runs)"
+                "anew in its place, take another folder (--runs), or delete this one"
             )
 
     def _same_data(self, dataset: Dataset) -> bool:
@@ -168,7 +183,7 @@ class Run:
     def had_settings(self, config: RunConfig) -> bool:
         """Whether the training in the folder had these settings, whatever the data."""
         try:
-            return not self._changed(config)
+            return not _of_weights(self._changed(config))
         except ConfigError:
             return False
 
@@ -281,6 +296,11 @@ class Run:
         return self.folder / "export" / "index.hnsw"
 
 
+def _of_weights(changed: Iterable[str]) -> set[str]:
+    """The settings that decide weights; not where the data lie: whether they are the same is seen by themselves."""
+    return {name for name in changed if not name.startswith("data.source.")}
+
+
 def decisive(config: RunConfig) -> dict[str, Any]:
     """The settings that decide the weights, but for rounding."""
     return config.model_dump(mode="json", include={"data", "model", "training"}, exclude={"training": MACHINE})
@@ -306,18 +326,22 @@ def train(
     epochs: int | None = None,
     resume: bool = False,
     cold: bool = False,
+    derived: bool = False,
     say: Say = print,
 ) -> Fitted:
     """Train one model on the split (early stopping) or on all events (`epochs` to the end).
 
-    A `cold` start takes no weights of a bundle, whatever the settings say. Of several processes the first keeps the
+    A `cold` start takes no weights of a bundle, whatever the settings say. `derived`: `epochs` follow from another
+    training. Of several processes the first keeps the
     run's folder. With `resume` a training that is over is not trained on, unless for more epochs.
     """
     check_device(config.training.accelerator)
     run, mine = Run.of(runs, config.name, which), Share.mine()
     sequences, validation = _part(config, dataset, which)
-    epochs = epochs or _chosen_epochs(config, which, runs, say)
-    left = mine.by_first(lambda: run.left(config, dataset, epochs) if resume else "nothing")
+    if epochs is None:
+        epochs = _chosen_epochs(config, which, runs, say)
+        derived = derived or epochs is not None
+    left = mine.by_first(lambda: run.left(config, dataset, epochs, derived=derived) if resume else "nothing")
     if left == "finished":
         say(f"{config.name}: {run.folder} is trained already")
         return restore(runs, config.name, which)[1]
@@ -327,23 +351,40 @@ def train(
     # Before `start`: what cannot begin replaces no run.
     ready = prepare(config, len(dataset.catalogue), sequences, validation, features=features, first=first)
     origin, keep = None if published is None else published.manifest.version, left == "unfinished"
+    before, written = (run.papers(), _written(run)) if keep else ({}, None)
     mine.by_first(lambda: run.start(config, dataset, epochs, origin, keep=keep))
-    fitted = ready.fit(run.folder, epochs=epochs, resume=keep)
+    try:
+        fitted = ready.fit(run.folder, epochs=epochs, resume=keep)
+    except BaseException:
+        if before and not mine.rank and _written(run) == written:  # what was there is what it was
+            run.put_back(before)
+        raise
     mine.by_first(lambda: run.save_fit(fitted, dataset.info().fingerprint))
     return fitted
+
+
+def _written(run: Run) -> int | None:
+    """When the newest state of a training was written; None without one."""
+    last = run.folder / LAST
+    return last.stat().st_mtime_ns if last.is_file() else None
 
 
 def _warm(config: RunConfig, dataset: Dataset, which: Fit, runs: Path, say: Say) -> Published | None:
     """The published model that gives the network its first weights; None where these are random.
 
     A published model has most likely seen the events that a split holds out: its validation would be a memory. A fit
-    on everything starts from the bundle from which the split of the same settings did.
+    on everything starts from the bundle from which the split of the same settings and data did, if that was one.
     """
     if config.training.init_from is None:
         return None
-    split = Run.of(runs, config.name, "split")
-    version = split.first() if which == "all" and split.had_settings(config) else None
-    published = Published.load(Path(config.training.init_from), config.name, version)
+    split, place = Run.of(runs, config.name, "split"), Path(config.training.init_from)
+    version = split.first() if which == "all" and split.resumes(config, dataset) else None
+    if version is not None and not any((folder / MANIFEST).is_file() for folder in (place, place / version)):
+        raise TrainingError(
+            f"{version}, from which {split.folder} started, is no longer in {place}: train the split again, without "
+            "--resume"
+        )
+    published = Published.load(place, config.name, version)
     published.check(config.model)
     if which == "split" and published.saw(dataset, split_of(dataset, config.evaluation)):
         say(f"{config.name}: {published.manifest.version} knows held-out events; the split is trained from the start")
@@ -457,10 +498,12 @@ def run(
     one_data(configs)
     if Share.mine().size > 1:
         raise ConfigError("torchrun is for `train`; evaluate, export and publish what it trained with one process")
-    for config in configs if resume else ():
-        refit = Run.of(runs, config.name, "all")
-        if not refit.resumes(config, dataset):
-            refit.refuse_other(config, dataset, None)  # now, not after the split was trained anew
+    for config in configs if resume else ():  # now, not after other models, or the split, were trained
+        parts: list[Fit] = ["split", "all"] if config.publish.refit else ["split"]
+        for part in parts:
+            one = Run.of(runs, config.name, part)
+            if not one.resumes(config, dataset):
+                one.refuse_other(config, dataset, derived=part == "all")
     split = split_of(dataset, configs[0].evaluation)
     if not len(split.test):
         say("no user has enough events: nothing can be held out, the models are published without metrics")
@@ -503,8 +546,11 @@ def _refit(
     candidates = {}
     for name, (config, model) in fitted.items():
         say(f"{name}: training on all events, {model.epochs} epochs")
-        cold = Run.of(runs, name, "split").first() is None
-        again = train(config, dataset, "all", runs, epochs=model.epochs, resume=resume, cold=cold, say=say)
+        first = Run.of(runs, name, "split").first(unknown="")
+        cold = first is None or (not first and _warm(config, dataset, "split", runs, lambda _: None) is None)
+        again = train(
+            config, dataset, "all", runs, epochs=model.epochs, resume=resume, cold=cold, derived=True, say=say
+        )  # fmt: skip
         exported = export(again.encoder, config)
         candidates[name] = replace(measured[name], exported=exported, fit="all", epochs=again.epochs)
     return candidates, everything(dataset)[1]

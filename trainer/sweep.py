@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from shared.bundle import BundleError
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.dataset import Dataset
 from trainer.errors import InterruptedTrainingError, TrainerError
@@ -87,7 +88,7 @@ def _try(trial: Trial, config: RunConfig, dataset: Dataset, runs: Path, say: Say
         fitted = train(config, dataset, "split", runs / trial.folder, resume=True, say=say)
     except InterruptedTrainingError as error:
         raise InterruptedTrainingError(error.kept, "give the same command again, which goes on") from None
-    except TrainerError as error:  # such as a warm start that this combination cannot have
+    except (TrainerError, BundleError) as error:  # such as a warm start that this combination cannot have
         return replace(trial, note=str(error))
     return replace(trial, score=fitted.best, epochs=fitted.epochs)
 

@@ -522,6 +522,11 @@ def _best_checkpoint(config: RunConfig, folder: Path, monitor: str) -> ModelChec
 class _Patience(EarlyStopping):
     """After a resume it is what is set now, and where none is left the training is over, as it would have been."""
 
+    @property
+    def state_key(self) -> str:
+        """Of the class that older checkpoints name."""
+        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """How long there was nothing better."""
         super().load_state_dict({**state_dict, "patience": self.patience})

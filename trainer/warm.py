@@ -61,8 +61,10 @@ class Published:
 
     def check(self, network: ModelConfig) -> None:
         """Raise WarmStartError where its network is another one: weights of the same shape may mean something else."""
-        had, has = self.manifest.models[self.name].config["model"], network.model_dump(mode="json")
-        other = [f"model.{part}={had[part]} (now {has[part]})" for part in NETWORK if had.get(part) != has[part]]
+        defaults = {part: ModelConfig.model_fields[part].default for part in NETWORK}  # of what older bundles lack
+        had = defaults | self.manifest.models[self.name].config.get("model", {})
+        has = network.model_dump(mode="json")
+        other = [f"model.{part}={had[part]} (now {has[part]})" for part in NETWORK if had[part] != has[part]]
         if other:
             raise WarmStartError(
                 f"{self.name} of {self.manifest.version} was trained with {', '.join(other)}: a warm start needs the "

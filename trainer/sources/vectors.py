@@ -111,12 +111,16 @@ def _lines(path: Path) -> pl.DataFrame:
     """line i64, item str, value str (single blanks between), of every line that has both; a header is left out."""
     cells = pl.col("text").str.splitn("\t", 2)
     bare = cells.struct[1].str.strip_chars(" \t\r\n\"'[]()").str.replace_all(r"\s*[,;]?\s+", " ")
-    # Commas alone divide numbers, too; beside blanks they may be part of them: 0,12 -0,7
-    alone = pl.when(bare.str.contains(" ")).then(bare).otherwise(bare.str.replace_all("[,;]", " "))
+    # Semicolons or commas alone divide numbers, too. Beside others commas may be part of them: 0,12 -0,7
+    divided = (
+        pl.when(bare.str.contains(";")).then(bare.str.replace_all(";", " ")).otherwise(bare.str.replace_all(",", " "))
+    )
+    alone = pl.when(bare.str.contains(" ")).then(bare).otherwise(divided)
+    item = cells.struct[0].str.strip_chars("\ufeff ").str.replace('^"(.*)"$', "${1}")
     with reading(path, "text"):
         table = (
             pl.scan_lines(path, name="text", row_index_name="line", row_index_offset=1, glob=False)
-            .with_columns(pl.col("line").cast(pl.Int64), item=cells.struct[0].str.strip_chars("\ufeff "), value=alone)
+            .with_columns(pl.col("line").cast(pl.Int64), item=item, value=alone)
             .filter(pl.col("text").str.strip_chars().str.len_bytes() > 0)
             .select("line", "item", "value")
             .collect()
