@@ -135,15 +135,20 @@ def test_a_training_that_a_signal_stops_within_an_epoch_goes_on_to_the_same_weig
         assert {**row, "seconds": 0} == pytest.approx({**right, "seconds": 0})
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Any) -> None:
     def impatient(model: SequenceModel, _batch: Rows, _index: int) -> torch.Tensor:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the step went on")
 
     monkeypatch.setattr(SequenceModel, "training_step", impatient)
-    with pytest.raises(InterruptedTrainingError, match="its first epoch was not over"):
-        train(config(), tmp_path)
+    handler = signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(InterruptedTrainingError, match="its first epoch was not over"):
+            train(config(), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_resuming_a_finished_training_trains_no_more(tmp_path: Path) -> None:

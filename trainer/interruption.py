@@ -73,5 +73,6 @@ class Interruption(Callback):
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if not self.asked and number == signal.SIGINT:
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-            signal.signal(signal.SIGINT, self.before)
+            # A shell lets what it starts in the background ignore Ctrl-C; who sends it all the same means it.
+            signal.signal(signal.SIGINT, self.before if callable(self.before) else signal.default_int_handler)
         self.asked = True
