@@ -129,7 +129,7 @@ def test_without_times_the_place_in_the_file_is_the_order_and_availability_is_of
     assert ids(data, data.item) == ["b", "a", "x"]
     assert data.timestamp.tolist() == [0, 2, 1]
     assert {i.available_from for i in data.catalogue.items} == {BEGINNING}
-    assert (data.info().has_times, data.info().first_event, data.info().last_event) == (False, None, None)
+    assert (data.info.has_times, data.info.first_event, data.info.last_event) == (False, None, None)
 
 
 def test_the_fingerprint_changes_with_anything_a_model_sees() -> None:
@@ -142,12 +142,12 @@ def test_the_fingerprint_changes_with_anything_a_model_sees() -> None:
         dataset([(u, i, t + 1) for u, i, t in events]),
         dataset([(u, i, t, "rating", float(t > START)) for u, i, t in events], history={"minimum_value": 1}),
     ]
-    assert same.info().fingerprint == dataset(events).info().fingerprint
-    assert len({d.info().fingerprint for d in (same, *others)}) == len(others) + 1
+    assert same.info.fingerprint == dataset(events).info.fingerprint
+    assert len({d.info.fingerprint for d in (same, *others)}) == len(others) + 1
 
 
 def test_the_manifest_tells_the_data() -> None:
-    info = dataset(views("u", "a", "b") + views("v", "a", at=START + DAY)).info()
+    info = dataset(views("u", "a", "b") + views("v", "a", at=START + DAY)).info
     assert (info.events, info.users, info.items) == (3, 2, 2)
     assert (info.first_event, info.last_event) == ("2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z")
 

@@ -67,7 +67,7 @@ def test_tables_that_lie_outside_of_the_network_are_part_of_the_bundle(
 
 def test_the_manifest_says_where_everything_comes_from(tmp_path: Path, circle: World) -> None:
     manifest = read_manifest(put(tmp_path, circle, 0.9, max_loss=0.2))
-    assert manifest.data == circle.dataset.info()
+    assert manifest.data == circle.dataset.info
     assert manifest.history_policy == circle.dataset.policy
     assert manifest.availability == circle.dataset.availability
     assert manifest.default_model == "sasrec"

@@ -84,7 +84,9 @@ def compare(a: CaseRanks, b: CaseRanks) -> dict[str, Paired]:
         raise CompareError(f"the runs were measured differently: {a.protocol!r} and {b.protocol!r}")
     for one, other, what in ((a.ranked, b.ranked, "ranked"), (a.seen, b.seen, "left out as seen: events of")):
         if one and other and one != other:
-            raise CompareError(f"the runs are not alike, {what} {one} and {other}: evaluate both with the same data.*")
+            raise CompareError(
+                f"the runs are not alike, {what} {one} and {other}: evaluate both with the same settings of data"
+            )
     order_a, order_b = (np.lexsort((r.place, r.user)) for r in (a, b))
     same = len(a.user) == len(b.user) and all(
         np.array_equal(getattr(a, part)[order_a], getattr(b, part)[order_b]) for part in ("user", "place", "item")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -54,11 +55,12 @@ class Dataset:
         """(E,) position in `users` of each row."""
         return np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
 
+    @cached_property
     def info(self) -> DataInfo:
-        """What the manifest says of this data."""
+        """What the manifest says of this data; it reads all of them once."""
         digest = hashlib.sha256()
         for part in (self.offsets, self.item, self.timestamp, self.feeds, self.seen):
-            digest.update(np.ascontiguousarray(part).tobytes())
+            digest.update(np.ascontiguousarray(part).data)
         digest.update("\n".join(self.catalogue.items.ids).encode())
         timed = self.has_times and len(self.timestamp) > 0
         return DataInfo(

@@ -75,29 +75,39 @@ class Run:
     def left(self, config: RunConfig, dataset: Dataset, epochs: int | None, *, derived: bool = False) -> Left:
         """What an earlier training left for one that is to go on with it.
 
-        Weights belong to the item indices of their data, so that of other data nothing is left, once it is finished.
-        Raises ConfigError as `refuse_other` does.
+        Raises ConfigError where a training that had something else than `config` would be lost. An unfinished one
+        counts always. A finished one does where it is of the same data: one of new data takes its place every night,
+        as weights belong to the item indices of their data. It does not where it is `derived`, as a refit is: that
+        follows from its split.
         """
-        started = self._started()
-        if started is None or started["identity"] != identity(config, dataset) or started["epochs"] != epochs:
-            self.refuse_other(config, dataset, epochs, derived=derived)
-            return "unfinished" if self.is_fitted() and self._goes_on_to(config, dataset, epochs) else "nothing"
-        if self.is_fitted():
-            return "finished"
-        return "unfinished" if (self.folder / LAST).is_file() else "nothing"
+        started, last = self._started(), (self.folder / LAST).is_file()
+        if started is not None and started["identity"] == identity(config, dataset) and started["epochs"] == epochs:
+            return "finished" if self.is_fitted() else "unfinished" if last else "nothing"
+        if not self.is_fitted():
+            if not last:
+                return "nothing"
+            raise ConfigError(
+                f"{self.folder} holds an unfinished training, with {self._otherwise(config)}. Resume it with what it "
+                "had, take another folder (--runs), or delete this one"
+            )
+        if not self._same_data(dataset):
+            return "nothing"
+        if last and self._goes_on_to(config, epochs):
+            return "unfinished"
+        if derived:
+            return "nothing"
+        raise ConfigError(
+            f"{self.folder} holds a finished training, with {self._otherwise(config)}. Leave out --resume to train "
+            "anew in its place, take another folder (--runs), or delete this one"
+        )
 
-    def _goes_on_to(self, config: RunConfig, dataset: Dataset, epochs: int | None) -> bool:
+    def _goes_on_to(self, config: RunConfig, epochs: int | None) -> bool:
         """Whether the finished training would have been the first part of this one, which is for more epochs."""
-        started = self._started() or {}
-        try:
-            before = self.config()
-        except ConfigError:
+        if _of_weights(self._changed(config)) - LONGER:
             return False
-        if not self._same_data(dataset) or _of_weights(self._changed(config)) - LONGER:
-            return False
-        had, now = before.training, config.training
-        more = (epochs or now.epochs) >= (started["epochs"] or had.epochs) and now.patience >= had.patience
-        return more and now.schedule == "constant" and (self.folder / LAST).is_file()
+        had, now = self.config().training, config.training
+        more = (epochs or now.epochs) >= ((self._started() or {})["epochs"] or had.epochs)
+        return more and now.patience >= had.patience and now.schedule == "constant"
 
     def start(
         self, config: RunConfig, dataset: Dataset, epochs: int | None, first: str | None = None, *, keep: bool = False
@@ -136,27 +146,6 @@ class Run:
     def resumes(self, config: RunConfig, dataset: Dataset) -> bool:
         """Whether what an earlier training left had the same settings and data."""
         return (self._started() or {}).get("identity") == identity(config, dataset)
-
-    def refuse_other(
-        self, config: RunConfig, dataset: Dataset, epochs: int | None = None, *, derived: bool = False
-    ) -> None:
-        """Raise ConfigError where a training, which had something else than `config`, would be lost to a resume.
-
-        An unfinished one counts always. A finished one does where it is of the same data: one of new data takes its
-        place every night. It does not where it is `derived`, as a refit is: that follows from its split.
-        """
-        if not self.is_fitted() and (self.folder / LAST).is_file():
-            raise ConfigError(
-                f"{self.folder} holds an unfinished training, with {self._otherwise(config)}. Resume it with what it "
-                "had, take another folder (--runs), or delete this one"
-            )
-        if derived or not self.is_fitted() or not self._same_data(dataset):
-            return
-        if not self._goes_on_to(config, dataset, epochs):
-            raise ConfigError(
-                f"{self.folder} holds a finished training, with {self._otherwise(config)}. Leave out --resume to train "
-                "anew in its place, take another folder (--runs), or delete this one"
-            )
 
     def _same_data(self, dataset: Dataset) -> bool:
         """Whether the folder's training is of this data, and of the fields that it reads."""
@@ -239,7 +228,7 @@ class Run:
 
     def check_data(self, dataset: Dataset) -> None:
         """Raise TrainingError unless the run was trained on these very events and fields of items."""
-        trained_on, found = self.read("fit.json", "train")["data"], dataset.info().fingerprint
+        trained_on, found = self.read("fit.json", "train")["data"], dataset.info.fingerprint
         if trained_on != found:
             raise TrainingError(
                 f"{self.folder} was trained on data {trained_on}, the source now gives {found}: "
@@ -313,7 +302,7 @@ def identity(config: RunConfig, dataset: Dataset) -> str:
     """
     settings = decisive(config)
     known = digest(dataset, config.model.metadata.fields)
-    text = json.dumps([settings, config.evaluation.held_out, dataset.info().fingerprint, known], sort_keys=True)
+    text = json.dumps([settings, config.evaluation.held_out, dataset.info.fingerprint, known], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -332,8 +321,8 @@ def train(
     """Train one model on the split (early stopping) or on all events (`epochs` to the end).
 
     A `cold` start takes no weights of a bundle, whatever the settings say. `derived`: `epochs` follow from another
-    training. Of several processes the first keeps the
-    run's folder. With `resume` a training that is over is not trained on, unless for more epochs.
+    training. Of several processes the first keeps the run's folder. With `resume` a training that is over is not
+    trained on, unless for more epochs.
     """
     check_device(config.training.accelerator)
     run, mine = Run.of(runs, config.name, which), Share.mine()
@@ -359,7 +348,7 @@ def train(
         if before and not mine.rank and _written(run) == written:  # what was there is what it was
             run.put_back(before)
         raise
-    mine.by_first(lambda: run.save_fit(fitted, dataset.info().fingerprint))
+    mine.by_first(lambda: run.save_fit(fitted, dataset.info.fingerprint))
     return fitted
 
 
@@ -503,7 +492,7 @@ def run(
         for part in parts:
             one = Run.of(runs, config.name, part)
             if not one.resumes(config, dataset):
-                one.refuse_other(config, dataset, derived=part == "all")
+                one.left(config, dataset, None, derived=part == "all")
     split = split_of(dataset, configs[0].evaluation)
     if not len(split.test):
         say("no user has enough events: nothing can be held out, the models are published without metrics")

@@ -65,7 +65,7 @@ def write_bundle(
     probes: Cases,
 ) -> Manifest:
     """Write a complete bundle into `folder`; `probes` are the histories on which index recall is measured."""
-    info = dataset.info()
+    info = dataset.info
     write_data(folder, dataset.catalogue, popularity)
     for name, candidate in candidates.items():
         index = candidate.index or index_of(candidate.exported, candidate.config.index)
@@ -195,7 +195,7 @@ def _live_rivals(bundles: Path, dataset: Dataset, candidates: Mapping[str, Candi
         manifest = None if version is None else read_manifest(bundles / version)
     except BundleError:
         return {}  # an unreadable live bundle is no reason to keep a good one out
-    if manifest is None or manifest.data.fingerprint != dataset.info().fingerprint:
+    if manifest is None or manifest.data.fingerprint != dataset.info.fingerprint:
         return {}
     found = {}
     for place, (name, candidate) in enumerate(candidates.items()):

@@ -111,7 +111,7 @@ def _ages(split: Split) -> tuple[IntArray, tuple[int, ...]]:
 
 def _data(split: Split) -> dict[str, Any]:
     dataset, lengths = split.test.dataset, split.sequences.lengths
-    info = dataset.info().model_dump(mode="json")
+    info = dataset.info.model_dump(mode="json")
     return {
         **info,
         "training_events": int(lengths.sum()),

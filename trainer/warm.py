@@ -20,11 +20,8 @@ from trainer.errors import TrainerError
 from trainer.export import Weights
 from trainer.transformer import Encoder
 
-NETWORK: Final = (
-    "kind", "block", "positions", "position_bias", "time_bias", "hidden_units", "blocks", "heads", "feedforward",
-    "max_length",
-)  # fmt: skip
-"""Settings of the model that give its weights their meaning; item metadata may be other ones."""
+NETWORK: Final = ModelConfig.model_fields.keys() - {"dropout", "metadata"}
+"""Settings of the model that give its weights their meaning."""
 
 
 class WarmStartError(TrainerError):
@@ -64,7 +61,7 @@ class Published:
         defaults = {part: ModelConfig.model_fields[part].default for part in NETWORK}  # of what older bundles lack
         had = defaults | self.manifest.models[self.name].config.get("model", {})
         has = network.model_dump(mode="json")
-        other = [f"model.{part}={had[part]} (now {has[part]})" for part in NETWORK if had[part] != has[part]]
+        other = [f"model.{part}={had[part]} (now {has[part]})" for part in sorted(NETWORK) if had[part] != has[part]]
         if other:
             raise WarmStartError(
                 f"{self.name} of {self.manifest.version} was trained with {', '.join(other)}: a warm start needs the "
@@ -75,7 +72,7 @@ class Published:
         """Whether it may have been trained on what `split` holds out: then its validation would be worth nothing."""
         info, data = self.manifest.models[self.name], self.manifest.data
         alike = str(info.metrics.get("protocol", "")).startswith(f"{split.protocol},")
-        if info.fit == "split" and data.fingerprint == dataset.info().fingerprint and alike:
+        if info.fit == "split" and data.fingerprint == dataset.info.fingerprint and alike:
             return False
         held_out = np.concatenate((split.validation.timestamp, split.test.timestamp))
         if not len(held_out):
