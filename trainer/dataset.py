@@ -93,15 +93,17 @@ def build_dataset(raw: RawData, config: DataConfig) -> Dataset:
     )
     users = events["user_id"].unique().sort()
     kinds = events["event_type"].unique().sort()
-    columns = Events(
-        user=_codes(events["user_id"], users),
-        item=_codes(events["item_id"], pl.Series(list(catalogue.items.ids))) + 1,
-        kind=_codes(events["event_type"], kinds),
-        kinds=tuple(kinds),
-        value=events["value"].fill_null(float("nan")).to_numpy(),
-        timestamp=events["timestamp"].to_numpy(),
+    histories = history_of(
+        Events(
+            user=_codes(events["user_id"], users),
+            item=_codes(events["item_id"], pl.Series(list(catalogue.items.ids))) + 1,
+            kind=_codes(events["event_type"], kinds),
+            kinds=tuple(kinds),
+            value=events["value"].fill_null(float("nan")).to_numpy(),
+            timestamp=events["timestamp"].to_numpy(),
+        ),
+        config.history,
     )
-    histories = history_of(columns, config.history)
     kept = histories.feeds | histories.seen
     if not histories.feeds.any():
         raise DatasetError(

@@ -63,7 +63,7 @@ def read(file: str) -> None:
     answer = {
         "events": len(dataset.item), "users": len(dataset.users), "items": len(dataset.catalogue),
         "load_s": round(loaded, 1), "split_s": round(time.perf_counter() - began - loaded, 1),
-        "cases": len(split.test), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "cases": len(split.test), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }  # fmt: skip
     print(json.dumps(answer))
 

@@ -44,7 +44,7 @@ def main(*, items: int = 1_000_000, threads: int = 1) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fit(config, items, Sequences(item, stops - lengths, stops), None, Path(folder), epochs=1)
         seconds = read_epochs(Path(folder) / "epochs.csv")[0]["seconds"]
-    found = {"items": items, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    found = {"items": items, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
              "step_s": seconds / (USERS / 128)}  # fmt: skip
     print(f"{items:,} items: {found['peak_gb']:.1f} GB at most, {found['step_s']:.2f} s a step of 128 users")
     print(json.dumps({"benchmark": "million_items", **found}))

@@ -96,7 +96,7 @@ def _read_parquet(path: Path, columns: Mapping[str, str]) -> Table:
     _check_columns(path, columns, frame.collect_schema().names())
     wanted = [pl.col(column).alias(role) for role, column in columns.items()]
     numbered = frame.select(wanted).with_row_index("row", offset=1).with_columns(pl.col("row").cast(pl.Int64))
-    return Table(path.name, numbered.collect(), place="row ")
+    return Table(path.name, _whole(numbered), place="row ")
 
 
 def _read_text(path: Path, columns: Mapping[str, str], separator: str) -> Table:
@@ -105,6 +105,11 @@ def _read_text(path: Path, columns: Mapping[str, str], separator: str) -> Table:
     broken = _broken_lines(path, separator, len(header))
     frame = _parse_text(path, columns, separator, header, broken["row"])
     return Table(path.name, frame, broken.filter(pl.col("reason") != "blank"))
+
+
+def _whole(frame: pl.LazyFrame) -> pl.DataFrame:
+    """In one piece: a column that is added in one piece to many would copy them all, and these be kept beside."""
+    return frame.collect().rechunk()
 
 
 def _check_columns(path: Path, columns: Mapping[str, str], found: list[str]) -> None:
@@ -181,7 +186,7 @@ def _scan_rows(path: Path, columns: Mapping[str, str], separator: str, header: l
             infer_schema=False,
             glob=False,
         )
-        return frame.select(wanted).collect()
+        return _whole(frame.select(wanted))
     except NoDataError:  # a header and nothing else
         return pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
 
