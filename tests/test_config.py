@@ -154,7 +154,8 @@ def test_settings_that_would_end_a_training_are_refused(wrong: dict[str, object]
 def test_every_setting_is_listed_with_default_and_meaning() -> None:
     listed = {key: (default, meaning) for key, default, meaning in settings()}
     assert listed["model.hidden_units"][0] == "64"
-    assert listed["data.history.minimum_value"][0] == "None"
+    assert listed["data.history.minimum_value"][0] == "null"
+    assert listed["data.history.seen_types"][0] == "[view,click,play,read,like,rating,cart,purchase]"
     assert listed["data.source"][0] == "required"
     assert [key for key, (_, meaning) in listed.items() if not meaning] == []
     assert set(source_settings()) == set(SOURCES)
@@ -162,6 +163,13 @@ def test_every_setting_is_listed_with_default_and_meaning() -> None:
     assert ("data.source.item_columns.id", "required", "Id of the item, as in the events.") in source_settings()[
         "files"
     ]
+
+
+def test_every_default_that_is_listed_can_be_typed_as_it_stands(mine: str) -> None:
+    typed = [f"{key}={default}" for key, default, _ in settings() if default != "required"]
+    files = [row for row in source_settings()["files"] if row[1] != "required" and ".item_columns." not in row[0]]
+    typed += [f"{key}={default}" for key, default, _ in files]
+    assert load_config(mine, typed) == load_config(mine)
 
 
 def test_what_decides_the_training_part_is_in_a_run_s_identity_and_nothing_else_of_evaluation() -> None:

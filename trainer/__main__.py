@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -25,7 +26,17 @@ from shared.retrieval import Mode
 from trainer import shelf
 from trainer.backup import backup, restore
 from trainer.compare import Asked, compare, comparison_table, load_ranks
-from trainer.config import ConfigError, Fit, RunConfig, load_config, one_data, preset_names, settings, source_settings
+from trainer.config import (
+    ConfigError,
+    Fit,
+    RunConfig,
+    Setting,
+    load_config,
+    one_data,
+    preset_names,
+    settings,
+    source_settings,
+)
 from trainer.dataset import Dataset, load_dataset
 from trainer.embeddings import check_vectors_file, item_vectors, user_vectors, write_vectors
 from trainer.errors import TrainerError
@@ -420,12 +431,19 @@ def cold(
 @app.command("settings")
 def show_settings() -> None:
     """Every setting that a preset or `key=value` can set, with its default and meaning."""
-    for key, default, meaning in settings():
-        say(f"{key:<33} {default:<12.40} {meaning}")
+    _list_settings(settings(), 33)
     for kind, rows in source_settings().items():
         say(f"\ndata.source.kind={kind}")
-        for key, default, meaning in rows:
-            say(f"{key:<40} {default:<12.40} {meaning}")
+        _list_settings(rows, 40)
+
+
+def _list_settings(rows: Sequence[Setting], width: int) -> None:
+    for key, default, meaning in rows:
+        line = f"{key:<{width}} {default:<12}"
+        if len(default) > len("first_event"):  # a line of its own, so that the meanings stand below each other
+            say(line)
+            line = " " * (width + 13)
+        say(f"{line} {meaning}")
 
 
 @data_app.command("list")

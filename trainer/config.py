@@ -9,6 +9,7 @@ settings are saved beside the weights and in the manifest.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self, get_args
@@ -134,7 +135,9 @@ class TrainingConfig(_Section):
         description="cross_entropy over all items up to about 50,000 of them, above that sampled_softmax.",
     )
     negatives: int | None = Field(
-        None, ge=1, description="Drawn from all items: for each position with bce (1), for each batch otherwise (256)."
+        None,
+        ge=1,
+        description="Drawn from all items: for each position with bce (1), for every 64 neighbours otherwise (256).",
     )
     in_batch_negatives: int = Field(0, ge=0, description="sampled_softmax: drawn from the batch's targets besides.")
     calibration: float = Field(0.75, ge=0, le=1, description="gbce: t; 0 is bce, 1 the most calibrated.")
@@ -307,9 +310,17 @@ def _settings(section: type[BaseModel], prefix: str) -> list[Setting]:
         elif nested:
             rows.append((f"{prefix}{name}", "required", "Where the data comes from, by its `kind`."))
         else:
-            default = "required" if field.is_required() else str(field.default)
+            default = "required" if field.is_required() else _typed(field.default)
             rows.append((f"{prefix}{name}", default, field.description or ""))
     return rows
+
+
+def _typed(default: Any) -> str:
+    """A default as one would type it behind `key=`."""
+    if isinstance(default, str) and OmegaConf.from_dotlist([f"key={default}"]).key == default:
+        return default
+    text = json.dumps(default, separators=(",", ":"), default=str)
+    return text if isinstance(default, str) else text.replace('"', "")
 
 
 def validate(kind: type[RunConfig], values: Any, where: str) -> RunConfig:
