@@ -14,12 +14,26 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 40  # margins of the plot inside a chart
 Report = Mapping[str, Any]
 Point = tuple[float, float]
 
-STYLE: Final = """
+COLOURS: Final = """
 :root { color-scheme: light dark; --text: #1c2330; --dim: #667085; --line: #e4e7ec; --card: #fff; --ground: #f6f7f9;
   --model: #2f6fde; --rival: #a3adbd; --second: #d9822b; --third: #2e9e6b; --fourth: #8e5bd0; --fifth: #c8475d; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e9ef; --dim: #98a2b3; --line: #333a47; --card: #1b202a;
   --ground: #12151c; --model: #6ea2ff; --rival: #667085; --second: #f0a355; --third: #5cc796; --fourth: #b18be8;
   --fifth: #ee7f92; } }
+"""
+CHART: Final = """
+svg { font: 11px system-ui, sans-serif; }
+svg text { fill: var(--dim); } svg text.value { fill: var(--text); }
+.grid { stroke: var(--line); } .axis { stroke: var(--dim); } .whisker { stroke: var(--text); stroke-width: 1.3; }
+.model-fill { fill: var(--model); } .rival-fill { fill: var(--rival); }
+.curve { fill: none; stroke-width: 2; }
+.c0 { stroke: var(--model); } .c1 { stroke: var(--second); } .c2 { stroke: var(--rival); }
+.c3 { stroke: var(--third); } .c4 { stroke: var(--fourth); } .c5 { stroke: var(--fifth); }
+.d0 { fill: var(--model); } .d1 { fill: var(--second); } .d2 { fill: var(--rival); }
+.d3 { fill: var(--third); } .d4 { fill: var(--fourth); } .d5 { fill: var(--fifth); }
+.best { stroke: var(--dim); stroke-dasharray: 3 3; }
+"""
+PAGE: Final = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1000px; margin: 0 auto; padding: 32px 20px 60px; }
@@ -38,16 +52,7 @@ th:first-child, td:first-child { text-align: left; } th { color: var(--dim); fon
 tr:last-child td { border-bottom: 0; } tr.model td { font-weight: 600; color: var(--model); }
 td.text { text-align: left; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; }
-svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; }
-svg text { fill: var(--dim); } svg text.value { fill: var(--text); }
-.grid { stroke: var(--line); } .axis { stroke: var(--dim); } .whisker { stroke: var(--text); stroke-width: 1.3; }
-.model-fill { fill: var(--model); } .rival-fill { fill: var(--rival); }
-.curve { fill: none; stroke-width: 2; }
-.c0 { stroke: var(--model); } .c1 { stroke: var(--second); } .c2 { stroke: var(--rival); }
-.c3 { stroke: var(--third); } .c4 { stroke: var(--fourth); } .c5 { stroke: var(--fifth); }
-.d0 { fill: var(--model); } .d1 { fill: var(--second); } .d2 { fill: var(--rival); }
-.d3 { fill: var(--third); } .d4 { fill: var(--fourth); } .d5 { fill: var(--fifth); }
-.best { stroke: var(--dim); stroke-dasharray: 3 3; }
+svg { display: block; width: 100%; height: auto; }
 """
 
 
@@ -59,7 +64,7 @@ def page(report: Report) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+        f"<style>{COLOURS}{PAGE}{CHART}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
     )
 
 
