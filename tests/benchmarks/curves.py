@@ -16,7 +16,6 @@ from trainer.curves import read_epochs
 from trainer.page import CHART, COLOURS, curves
 
 VALUE: Final = "val_ndcg@10"
-OPENING: Final = "<svg "
 
 
 def main() -> int:
@@ -34,13 +33,12 @@ def main() -> int:
         if not series[name]:
             print(f"{run}: no validation above {asked.above} in {folder}/split/epochs.csv", file=sys.stderr)
             return 1
-    drawn = curves(series, kept=0).removeprefix(OPENING)
+    opening, _, drawn = curves(series, kept=0).partition(">")
     # Standing alone it brings the page's colours along, and a ground that they are made for.
     ground = '<rect width="100%" height="100%" style="fill: var(--card)"/>'
-    start, _, rest = drawn.partition(">")
     asked.out.write_text(
-        f'{OPENING}xmlns="http://www.w3.org/2000/svg" {start}>'
-        f"<title>Validation NDCG@10 by epoch</title><style>{COLOURS}{CHART}</style>{ground}{rest}\n"
+        f'{opening} xmlns="http://www.w3.org/2000/svg">'
+        f"<title>Validation NDCG@10 by epoch</title><style>{COLOURS}{CHART}</style>{ground}{drawn}\n"
     )
     return 0
 
